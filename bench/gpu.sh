@@ -56,7 +56,7 @@ part tests 100 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider --tb=short 
 tail -n 1 "$results/gpu-tests.log"
 part probe 100 python3 -m bench.gpu.probe --seconds 75 --json "$results/gpu-probe.jsonl"
 # what was written without a GPU at hand, beside what ships; the shortest times decide what ships next
-part candidates 45 python3 -m bench.tuning.new_candidates --seconds 25 --json "$results/gpu-candidates.jsonl"
+part candidates 75 python3 -m bench.tuning.new_candidates --seconds 55 --json "$results/gpu-candidates.jsonl"
 grep '"us"' "$results/gpu-candidates.log"
 part streams 60 python3 -m bench.engine.search_gpu --streams 2 --prompts 32 --chunk 128 --max-tokens 256
 tail -n 1 "$results/gpu-streams.log"

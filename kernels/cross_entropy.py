@@ -9,12 +9,13 @@ Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from genssd.kernels.head import (
+    ChunkLogits,
     HeadLoss,
     check_head,
     check_positive,
@@ -31,6 +32,9 @@ from genssd.kernels.head import (
     squash,
     unsquash_gradient,
 )
+
+if TYPE_CHECKING:
+    from genssd.kernels.loss_launch_triton import LossConfiguration
 
 
 def linear_cross_entropy(
@@ -92,16 +96,48 @@ def _linear_cross_entropy(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
+    options = temperature, softcap, want_hidden, want_weight
+    if not (hidden_ND.is_cuda and row_weight_N.dtype == torch.float32 and (want_hidden or want_weight)):
+        return compute_cross_entropy(hidden_ND, weight_VD, target_N, row_weight_N, *options)
+    from genssd.kernels.loss_launch_triton import choose_configuration
+
+    shape = (len(weight_VD), weight_VD.shape[1])
+    configuration = choose_configuration("cross_entropy", hidden_ND.device, hidden_ND.dtype, shape)
+    return compute_cross_entropy(
+        hidden_ND, weight_VD, target_N, row_weight_N, *options, configuration=configuration
+    )  # fmt: skip
+
+
+def compute_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    row_weight_N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+    *,
+    configuration: LossConfiguration | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute genssd::linear_cross_entropy. configuration: of the kernels on a CUDA device; None for plain torch.
+
+    Rows of row weight 0 count as nothing; the target of each other row is in the vocabulary, or its loss is NaN.
+    """
     valid_N = (target_N >= 0) & (target_N < weight_VD.shape[0])
     if target_N.device.type == "cpu":
         require_in_vocabulary("linear_cross_entropy", target_N, weight_VD.shape[0])
     target_N = torch.where(valid_N, target_N, 0)
 
-    def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        if (want_hidden or want_weight) and x_CV.is_cuda and x_CV.dtype == torch.float32:
+    def row_loss(logits: ChunkLogits, span: slice) -> tuple[Tensor, Tensor]:
+        x_CV = logits.x
+        if configuration is not None:
             from genssd.kernels.rows_triton import cross_entropy_rows
 
-            return cross_entropy_rows(x_CV, target_N[span], row_weight_N[span], temperature, softcap, hidden_ND.dtype)
+            return cross_entropy_rows(
+                x_CV, target_N[span], row_weight_N[span], temperature, softcap, hidden_ND.dtype,
+                normalizer_C2=logits.normalizer_C2, tiles=configuration.rows,
+            )  # fmt: skip
         scale_C, target_C1 = row_weight_N[span], target_N[span, None]
         x_target = x_CV.gather(1, target_C1)
         logsumexp = row_logsumexp(x_CV, temperature, softcap)
@@ -115,14 +151,16 @@ def _linear_cross_entropy(
             1, target_C1, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype)
         )
 
+    most = None if configuration is None else configuration.chunk_rows
     losses, d_hidden, d_weight = compute_losses_and_gradients(
         row_loss,
         hidden_ND,
         weight_VD,
         row_weight_N,
-        rows=rows_per_chunk(len(hidden_ND), weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(len(hidden_ND), weight_VD.shape[0], hidden_ND.device, most=most),
         want_hidden=want_hidden,
         want_weight=want_weight,
+        multiply=None if configuration is None else configuration.make_multiply(temperature, softcap),
     )
     losses = losses.masked_fill(~valid_N & (row_weight_N != 0), torch.nan)
     return (losses * row_weight_N).sum(), losses, d_hidden, d_weight

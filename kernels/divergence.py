@@ -9,14 +9,16 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   U teacher's vocab
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from genssd.kernels.divergence_terms import DivergenceKind, check_choice, divergence_terms, resolve_mixture
 from genssd.kernels.head import (
+    ChunkLogits,
     HeadLoss,
     check_head,
     check_positive,
@@ -33,6 +35,9 @@ from genssd.kernels.head import (
     unsquash_gradient,
 )
 from genssd.kernels.options import VocabularyRule
+
+if TYPE_CHECKING:
+    from genssd.kernels.loss_launch_triton import LossConfiguration
 
 
 def linear_divergence(
@@ -179,37 +184,82 @@ def _linear_divergence(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
+    compute = functools.partial(
+        compute_divergence, student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, row_weight_N,
+        kind, mixes, runs, temperature, student_softcap, teacher_softcap, want_hidden, want_weight,
+    )  # fmt: skip
+    wide = torch.promote_types(teacher_hidden_NE.dtype, row_weight_N.dtype)
+    if not (student_hidden_ND.is_cuda and wide == torch.float32):
+        return compute()
+    from genssd.kernels.loss_launch_triton import choose_configuration
+
+    shared = min(len(student_weight_VD), len(teacher_weight_UE))
+    shape = (shared, student_weight_VD.shape[1], teacher_weight_UE.shape[1])
+    configuration = choose_configuration("divergence", student_hidden_ND.device, student_hidden_ND.dtype, shape)
+    return compute(configuration=configuration)
+
+
+def compute_divergence(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_UE: Tensor,
+    row_weight_N: Tensor,
+    kind: str,
+    mixes: Sequence[float],
+    runs: Sequence[int],
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+    *,
+    configuration: LossConfiguration | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute genssd::linear_divergence. configuration: of the kernels on a CUDA device; None for plain torch.
+
+    mixes, runs: the teacher's weight in the mixture of each run of rows, and its number of rows.
+    """
     teacher_weight_UE = teacher_weight_UE.to(teacher_hidden_NE.dtype)
     both = student_weight_VD.shape[0] + teacher_weight_UE.shape[0]
-    rows = rows_per_chunk(len(student_hidden_ND), both, student_hidden_ND.device)
+    most = None if configuration is None else configuration.chunk_rows
+    rows = rows_per_chunk(len(student_hidden_ND), both, student_hidden_ND.device, most=most)
     buffer_CU = torch.empty(
         min(rows, len(teacher_hidden_NE)),
         len(teacher_weight_UE),
         dtype=torch.promote_types(teacher_hidden_NE.dtype, torch.float32),
         device=teacher_hidden_NE.device,
     )
+    multiply_student, multiply_teacher = (
+        None if configuration is None else configuration.make_multiply(temperature, softcap)
+        for softcap in (student_softcap, teacher_softcap)
+    )
 
-    def row_loss(student_x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        row_weight_C = row_weight_N[span]
-        teacher_h = teacher_hidden_NE[span].masked_fill(row_weight_C[:, None] == 0, 0)
-        teacher_x_CU = multiply_into(teacher_h, teacher_weight_UE, out=buffer_CU[: len(teacher_h)])
-        loss_rows = divergence_rows
-        if student_x_CV.is_cuda and student_x_CV.dtype == teacher_x_CU.dtype == torch.float32:
+    def teacher_logits(span: slice) -> ChunkLogits:
+        hidden_CE = teacher_hidden_NE[span].masked_fill(row_weight_N[span, None] == 0, 0)
+        out_CU = buffer_CU[: len(hidden_CE)]
+        if multiply_teacher is None:
+            return ChunkLogits(multiply_into(hidden_CE, teacher_weight_UE, out=out_CU))
+        return multiply_teacher(hidden_CE, teacher_weight_UE, out_CU)
+
+    def row_loss(student: ChunkLogits, span: slice) -> tuple[Tensor, Tensor]:
+        row_weight_C, teacher = row_weight_N[span], teacher_logits(span)
+
+        def part_loss(part: slice, mix: float) -> tuple[Tensor, Tensor]:
+            arguments = (
+                student.x[part], teacher.x[part], row_weight_C[part], kind, mix, temperature, student_softcap,
+                teacher_softcap, student_hidden_ND.dtype,
+            )  # fmt: skip
+            if configuration is None:
+                return divergence_rows(*arguments)
             from genssd.kernels.divergence_triton import divergence_rows as loss_rows
-        parts = [
-            loss_rows(
-                student_x_CV[part],
-                teacher_x_CU[part],
-                row_weight_C[part],
-                kind,
-                mix,
-                temperature,
-                student_softcap,
-                teacher_softcap,
-                student_hidden_ND.dtype,
-            )
-            for part, mix in _divide_span(slice(span.start, span.start + len(student_x_CV)), mixes, runs)
-        ]
+
+            p, q = student.normalizer_C2, teacher.normalizer_C2
+            known = None if p is None else p[part], None if q is None else q[part]
+            return loss_rows(*arguments, normalizers=known, tiles=configuration.rows)
+
+        chunk = slice(span.start, span.start + len(student.x))
+        parts = [part_loss(part, mix) for part, mix in _divide_span(chunk, mixes, runs)]
         loss, dx = parts[0] if len(parts) == 1 else (torch.cat(values) for values in zip(*parts, strict=True))
         return loss.masked_fill(row_weight_C == 0, 0.0), dx
 
@@ -221,6 +271,7 @@ def _linear_divergence(
         rows=rows,
         want_hidden=want_hidden,
         want_weight=want_weight,
+        multiply=multiply_student,
     )
     return (losses * row_weight_N).sum(), losses, d_hidden, d_weight
 

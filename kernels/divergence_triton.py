@@ -1,9 +1,10 @@
 """Triton kernel of `linear_divergence`: from a row of both models' logits to the row's divergence and its gradient.
 
 One program computes one row. Its first pass yields both log-sum-exps, its second the divergence and the mean of f under
-the student, its third the gradient. Where the mean is known (forward KL), the second pass yields both. The second pass
-runs from the end of the row to its beginning, so that it begins with what the first has left in the L2 cache, and the
-third like the first. The gradient overwrites the student's logits.
+the student, its third the gradient. Where the mean is known (forward KL), the second pass yields both. Where the
+products of both heads have taken the log-sum-exps (loss_logits_triton.py), the first pass is left out. The second runs
+from the end of the row to its beginning, so that it begins with what the first has left in the L2 cache, and the third
+like the first. The gradient overwrites the student's logits.
 
 Shapes:  C rows of a chunk   V student's vocabulary   U teacher's vocabulary
 """
@@ -51,17 +52,27 @@ def divergence_terms(log_p, log_q, mix, KIND: tl.constexpr):
 @triton.jit
 def _divergence_kernel(
     student, teacher, row_weight, loss, dx,  # [C, V] [C, U] [C] [C] [C, V], the upper half (MEAN_KNOWN) or lower half
+    student_normalizer, teacher_normalizer,  # [C, 2] [C, 2]
     C, V, U, stride_student, stride_teacher, stride_dx, mix, scale, student_softcap, teacher_softcap,
     KIND: tl.constexpr, MEAN_KNOWN: tl.constexpr, BLOCK: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr, STUDENT_KNOWN: tl.constexpr, TEACHER_KNOWN: tl.constexpr,
 ):  # fmt: skip
+    """STUDENT_KNOWN, TEACHER_KNOWN: normalizers are known, and logits capped; then the first pass is left out."""
+    CAP_STUDENT: tl.constexpr = STUDENT_SOFTCAP and not STUDENT_KNOWN
+    CAP_TEACHER: tl.constexpr = TEACHER_SOFTCAP and not TEACHER_KNOWN
     for number in range(tl.program_id(0), C, tl.num_programs(0)):
         row = tl.zeros([], tl.int64) + number
         student_row, teacher_row = student + row * stride_student, teacher + row * stride_teacher
         dx_row = dx + row * stride_dx
         weight = tl.load(row_weight + row)
-        peak_p, sum_p = row_normalizer(student_row, V, scale, student_softcap, BLOCK, STUDENT_SOFTCAP)
-        peak_q, sum_q = row_normalizer(teacher_row, U, scale, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
+        if STUDENT_KNOWN:
+            peak_p, sum_p = tl.load(student_normalizer + 2 * row), tl.load(student_normalizer + 2 * row + 1)
+        else:
+            peak_p, sum_p = row_normalizer(student_row, V, scale, student_softcap, BLOCK, STUDENT_SOFTCAP)
+        if TEACHER_KNOWN:
+            peak_q, sum_q = tl.load(teacher_normalizer + 2 * row), tl.load(teacher_normalizer + 2 * row + 1)
+        else:
+            peak_q, sum_q = row_normalizer(teacher_row, U, scale, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
         shared = tl.minimum(V, U)
         # a constant in f matters where the sum leaves out entries of the student's softmax
         constant = tl.where((shared < V) & (KIND == 1 or KIND == 4), 1.0, 0.0)
@@ -72,8 +83,8 @@ def _divergence_kernel(
         for i in range(0, blocks):
             v = (blocks - 1 - i) * BLOCK + lane
             kept = v < shared
-            z = squash(tl.load(student_row + v, mask=v < V, other=0.0), scale, student_softcap, STUDENT_SOFTCAP)
-            log_q = squash(tl.load(teacher_row + v, mask=kept, other=0.0), scale, teacher_softcap, TEACHER_SOFTCAP)
+            z = squash(tl.load(student_row + v, mask=v < V, other=0.0), scale, student_softcap, CAP_STUDENT)
+            log_q = squash(tl.load(teacher_row + v, mask=kept, other=0.0), scale, teacher_softcap, CAP_TEACHER)
             log_p, log_q = z - peak_p - sum_p, log_q - peak_q - sum_q
             term, g = divergence_terms(log_p, log_q, mix, KIND)
             total += tl.where(kept, term, 0.0)
@@ -91,8 +102,8 @@ def _divergence_kernel(
             for start in range(0, V, BLOCK):
                 v = start + lane
                 kept = v < shared
-                z = squash(tl.load(student_row + v, mask=v < V, other=0.0), scale, student_softcap, STUDENT_SOFTCAP)
-                log_q = squash(tl.load(teacher_row + v, mask=kept, other=0.0), scale, teacher_softcap, TEACHER_SOFTCAP)
+                z = squash(tl.load(student_row + v, mask=v < V, other=0.0), scale, student_softcap, CAP_STUDENT)
+                log_q = squash(tl.load(teacher_row + v, mask=kept, other=0.0), scale, teacher_softcap, CAP_TEACHER)
                 log_p = z - peak_p - sum_p
                 p = tl.exp(log_p)
                 _, g = divergence_terms(log_p, log_q - peak_q - sum_q, mix, KIND)
@@ -113,19 +124,26 @@ def divergence_rows(
     teacher_softcap: float | None,
     dtype: torch.dtype,
     *,
+    normalizers: tuple[Tensor | None, Tensor | None] = (None, None),
     tiles: RowTiles = TILES,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `divergence.divergence_rows` for float32 logits on a CUDA device; the gradient overwrites student_x."""
+    """Compute `divergence.divergence_rows` for float32 logits on a CUDA device; the gradient overwrites student_x.
+
+    normalizers: those of the student's and of the teacher's logits, float32 [C, 2] each, of
+    `loss_logits_triton.write_normalized_logits`, which has capped the logits; None where the kernel computes them.
+    """
     (C, V), U = student_x_CV.shape, teacher_x_CU.shape[1]
     loss_C = torch.empty(C, dtype=torch.float32, device=student_x_CV.device)
     mean_known = kind == "forward_kl" and U <= V
     dx_CV = (upper_half if mean_known else lower_half)(student_x_CV, dtype)
-    _divergence_kernel[(min(C, tiles.programs or C),)](
-        student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, C, V, U,
+    student_known, teacher_known = (value is not None for value in normalizers)
+    student_normalizer, teacher_normalizer = (loss_C if value is None else value for value in normalizers)
+    _divergence_kernel[(min(C, tiles.programs),)](
+        student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, student_normalizer, teacher_normalizer, C, V, U,
         student_x_CV.stride(0), teacher_x_CU.stride(0), dx_CV.stride(0),
         mix, 1.0 / temperature, student_softcap or 1.0, teacher_softcap or 1.0,
         KIND=KINDS[kind], MEAN_KNOWN=mean_known, BLOCK=tiles.block,
         STUDENT_SOFTCAP=student_softcap is not None, TEACHER_SOFTCAP=teacher_softcap is not None,
-        num_warps=tiles.num_warps,
+        STUDENT_KNOWN=student_known, TEACHER_KNOWN=teacher_known, num_warps=tiles.num_warps,
     )  # fmt: skip
     return loss_C, dx_CV

@@ -41,16 +41,31 @@ class HeadLoss(NamedTuple):
     """Unweighted loss of every row, [N], without gradient."""
 
 
-RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Function from x of a chunk of rows (which it may overwrite) and the chunk's slice of the batch to losses and dx."""
+class ChunkLogits(NamedTuple):
+    """Logits of a chunk of rows under a head."""
+
+    x: Tensor
+    """Products of hidden states and head, [C, V], before softcap and temperature; with normalizers, after softcap."""
+    normalizer_C2: Tensor | None = None
+    """m and s of every row, float32, with log sum_v e^z_v = m + s, where the product's kernel has taken them."""
 
 
-def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
+RowLoss = Callable[[ChunkLogits, slice], tuple[Tensor, Tensor]]
+"""Function from the logits of a chunk of rows (which it may overwrite) and the chunk's slice of the batch to losses and
+dx."""
+
+Multiply = Callable[[Tensor, Tensor, Tensor], ChunkLogits]
+"""Function from hidden states [C, D] and weight [V, D] to their logits, which are written into the third tensor."""
+
+
+def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device, *, most: int | None = None) -> int:
     """Return the number of rows of a chunk: those whose float32 logits fit into CHUNK_BYTES, at least one.
 
-    On CUDA the chunks of num_rows rows have about the same size, in multiples of 128 rows where that fits.
+    most: largest number of rows; None for no other limit than the memory. On CUDA the chunks of num_rows rows have
+    about the same size, in multiples of 128 rows where that fits.
     """
     fitting = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+    fitting = fitting if most is None else min(fitting, most)
     if device.type != "cuda" or num_rows <= fitting:
         return fitting
     even = -(-num_rows // -(-num_rows // fitting))
@@ -66,12 +81,14 @@ def compute_losses_and_gradients(
     rows: int,
     want_hidden: bool,
     want_weight: bool,
+    multiply: Multiply | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses [N] and the requested gradients of hidden and weight, in their shapes (else empty).
 
-    rows: rows of a chunk. Rows of row weight 0 are read as zeros, so that a value that is not finite in them changes no
-    result. A weight of another dtype than hidden is cast for the products. The gradient of hidden has the dtype of
-    hidden; that of weight is summed and returned in float32 (float64 for float64 hidden states), whatever its dtype.
+    rows: rows of a chunk. multiply: writes the logits; None for `multiply_into`. Rows of row weight 0 are read as
+    zeros, so that a value that is not finite in them changes no result. A weight of another dtype than hidden is cast
+    for the products. The gradient of hidden has the dtype of hidden; that of weight is summed and returned in float32
+    (float64 for float64 hidden states), whatever its dtype.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     w = weight_VD.to(hidden_ND.dtype)
@@ -84,7 +101,9 @@ def compute_losses_and_gradients(
     for start in range(0, hidden_ND.shape[0], rows):
         span = slice(start, start + rows)
         h = hidden_ND[span].masked_fill(row_weight_N[span, None] == 0, 0)
-        losses_N[span], dx = row_loss(multiply_into(h, w, out=x_CV[: len(h)]), span)
+        out = x_CV[: len(h)]
+        logits = ChunkLogits(multiply_into(h, w, out=out)) if multiply is None else multiply(h, w, out)
+        losses_N[span], dx = row_loss(logits, span)
         if want_hidden:
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
@@ -199,6 +218,7 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     """Save the gradients that the operator has already computed; its last two inputs tell which were requested."""
     _, losses, d_hidden, d_weight = output
     ctx.mark_non_differentiable(losses, d_hidden, d_weight)
+    ctx.set_materialize_grads(False)  # else torch fills zeros of the size of both gradients, which nobody reads
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.requested, ctx.num_inputs = inputs[-2:], len(inputs)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
@@ -219,11 +239,13 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
 
 def _scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient times upstream, a scalar tensor, rounded to dtype once."""
+    if gradient.is_cuda and upstream.dtype == torch.float32:
+        from genssd.kernels.scale_triton import scale
+
+        return scale(gradient, upstream, dtype)
     if gradient.dtype == upstream.dtype == dtype:
         return gradient * upstream
     out = torch.empty_like(gradient, dtype=dtype)
-    if out.is_cuda:  # one kernel, which casts as it reads and writes
-        return torch.mul(gradient, upstream[None], out=out)
     for target, part in zip(torch.split(out, 8192), torch.split(gradient, 8192), strict=True):
         target.copy_(part * upstream[None])
     return out

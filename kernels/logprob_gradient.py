@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from genssd.kernels.head import (
+    ChunkLogits,
     compute_losses_and_gradients,
     make_fake_outputs,
     rows_per_chunk,
@@ -72,7 +73,8 @@ def _logprob_gradients(
     flat = d_logsumexp - d_logprob - d_entropy * entropy - 2.0 * d_sum_p2 * sum_p2
     coefficients_3N = torch.stack((flat, -d_entropy, 2.0 * d_sum_p2))
 
-    def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+    def row_loss(logits: ChunkLogits, span: slice) -> tuple[Tensor, Tensor]:
+        x_CV = logits.x
         if bias is not None:
             x_CV += bias
         target_C1, log_p = target_N[span, None], logprob[span, None]

@@ -1,6 +1,7 @@
 """Triton kernels over the rows of a chunk of a head's logits: log-sum-exps, and losses with their gradients.
 
-One program computes one row, and reads it as few times as possible. The gradient overwrites the logits: a pass from the
+One program computes one row, and reads it as few times as possible: once less where the product has taken the
+normalizer of its softmax (loss_logits_triton.py). The gradient overwrites the logits: a pass from the
 end of a row to its beginning, whose first entries are the ones that the pass before it has left in the L2 cache, writes
 to the upper half of the row's memory, which it has already read.
 
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from genssd.kernels.head_triton import rescale, safe_peak
 
+EVERY_ROW = 1 << 30
+"""Number of programs that is no limit: there is one for every row."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowTiles:
@@ -26,9 +30,9 @@ class RowTiles:
     block: int
     """Number of entries of a row that a program holds at once."""
     num_warps: int
-    programs: int | None = None
-    """Number of programs that compute the rows of a loss one after the other; None for one program per row. Fewer
-    programs leave more of a row in the L2 cache until its second pass. No result depends on it."""
+    programs: int = EVERY_ROW
+    """Maximum number of programs that compute the rows of a loss one after the other. Fewer programs leave more of a
+    row in the L2 cache until its second pass. No result depends on it."""
 
 
 ROWS = RowTiles(block=4096, num_warps=8)
@@ -176,23 +180,27 @@ def softmax_gradient_rows(
 
 @triton.jit
 def _cross_entropy_kernel(
-    x, target, row_weight, loss, dx,  # [C, V] int64 [C] [C] [C] [C, V], the upper half of x
+    x, normalizer, target, row_weight, loss, dx,  # [C, V] [C, 2] int64 [C] [C] [C] [C, V], the upper half of x
     C, V, stride_x, stride_dx, scale, softcap,
-    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
+    """KNOWN: the normalizers are known, and x is capped; then a row is read once."""
     lane = tl.arange(0, BLOCK)
     for number in range(tl.program_id(0), C, tl.num_programs(0)):
         row = tl.zeros([], tl.int64) + number
         x_row, dx_row = x + row * stride_x, dx + row * stride_dx
         weight, token = tl.load(row_weight + row), tl.load(target + row)
-        z_target = squash(tl.load(x_row + token), scale, softcap, SOFTCAP)
-        peak, log_total = row_normalizer(x_row, V, scale, softcap, BLOCK, SOFTCAP)
+        z_target = squash(tl.load(x_row + token), scale, softcap, SOFTCAP and not KNOWN)
+        if KNOWN:
+            peak, log_total = tl.load(normalizer + 2 * row), tl.load(normalizer + 2 * row + 1)
+        else:
+            peak, log_total = row_normalizer(x_row, V, scale, softcap, BLOCK, SOFTCAP)
         nll = tl.where(weight == 0.0, 0.0, peak + log_total - z_target)
         tl.store(loss + row, nll)
         weight *= scale
         for i in range(0, tl.cdiv(V, BLOCK)):
             v = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + lane
-            z = squash(tl.load(x_row + v, mask=v < V, other=0.0), scale, softcap, SOFTCAP)
+            z = squash(tl.load(x_row + v, mask=v < V, other=0.0), scale, softcap, SOFTCAP and not KNOWN)
             out = unsquash_gradient(weight * tl.exp(z - peak - log_total), z, scale, softcap, SOFTCAP)
             tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
             tl.store(dx_row + v, out.to(dx.dtype.element_ty), mask=v < V)
@@ -212,17 +220,21 @@ def cross_entropy_rows(
     softcap: float | None,
     dtype: torch.dtype,
     *,
+    normalizer_C2: Tensor | None = None,
     tiles: RowTiles = ROWS,
 ) -> tuple[Tensor, Tensor]:
     """Return the losses, float32 [C], and their gradients in x times row_weight, [C, V] of the given dtype.
 
-    x: float32 logits on a CUDA device, before softcap and temperature; the gradients overwrite them.
+    x: float32 logits on a CUDA device, before softcap and temperature; the gradients overwrite them. normalizer: of
+    `loss_logits_triton.write_normalized_logits`, which has capped x.
     """
     C, V = x_CV.shape
     loss_C = torch.empty(C, dtype=torch.float32, device=x_CV.device)
     dx_CV = upper_half(x_CV, dtype)
-    _cross_entropy_kernel[(min(C, tiles.programs or C),)](
-        x_CV, target_C, row_weight_C, loss_C, dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0), 1.0 / temperature,
-        softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None, num_warps=tiles.num_warps,
+    known = normalizer_C2 is not None
+    _cross_entropy_kernel[(min(C, tiles.programs),)](
+        x_CV, normalizer_C2 if known else loss_C, target_C, row_weight_C, loss_C, dx_CV, C, V, x_CV.stride(0),
+        dx_CV.stride(0), 1.0 / temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None,
+        KNOWN=known, num_warps=tiles.num_warps,
     )  # fmt: skip
     return loss_C, dx_CV

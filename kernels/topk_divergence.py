@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genssd.kernels.divergence_terms import DivergenceKind, check_choice, divergence_terms, resolve_mixture
 from genssd.kernels.head import (
+    ChunkLogits,
     HeadLoss,
     check_head,
     check_positive,
@@ -140,8 +141,8 @@ def _topk_divergence(
     log_q_NO = _teacher_outcomes(teacher_ids_NK, teacher_logprob_NK.to(wide), used_NK, V, tail, rounding)
     log_q_NO = log_q_NO.to(row_weight_N.dtype)
 
-    def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        row_weight_C1, used = row_weight_N[span, None], used_NK[span]
+    def row_loss(logits: ChunkLogits, span: slice) -> tuple[Tensor, Tensor]:
+        x_CV, row_weight_C1, used = logits.x, row_weight_N[span, None], used_NK[span]
         ids = teacher_ids_NK[span].clamp(0, V - 1)
         x_top = x_CV.gather(1, ids)
         z_top = squash(x_top, temperature, student_softcap).masked_fill(~used, -torch.inf)

@@ -7,7 +7,8 @@ The file is JSON. An entry is the result for one operator and one shape on one c
      "deterministic": {"1..64": {"block_n": 64, ...}, "65..128": ..., "129..512": ..., "513..": ...},
      "fastest": {...}, "microseconds": {...}}
 
-Shapes: score and logits [vocabulary, model width], draw and filter [vocabulary], attention [heads, kv heads, head dim].
+Shapes: score, logits and cross_entropy [vocabulary, model width], draw and filter [vocabulary], attention [heads,
+kv heads, head dim], divergence [smaller vocabulary, student's width, teacher's width].
 A configuration may decide the last bits of a result. So `deterministic` holds configurations that agree in everything
 that does, for every number of rows, and `fastest` the fastest ones for each class of numbers of rows.
 tuned.py looks configurations up.
@@ -25,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Operator = Literal["score", "logits", "draw", "filter", "attention"]
+Operator = Literal["score", "logits", "draw", "filter", "attention", "cross_entropy", "divergence"]
 """Kernels that are tuned: statistics of targets, logits of a head, the pass over logits that draws, the passes that
-filter logits and draw, paged attention."""
+filter logits and draw, paged attention, and the losses under one head and between two, with their gradients."""
 Configuration = Mapping[str, int]
 """Values of one launch configuration by name; some are booleans."""
 
@@ -41,6 +42,8 @@ SAMPLE_ROWS = (*ROW_LIMITS, ROW_LIMITS[-1] + 1)
 """A number of rows of every class."""
 HEAD_OPERATORS: tuple[Operator, ...] = ("score", "logits")
 """Operators that multiply hidden states with a head."""
+LOSS_OPERATORS: tuple[Operator, ...] = ("cross_entropy", "divergence")
+"""Operators of a training, which compute a loss and its gradients; their calls take many milliseconds."""
 MODES = ("deterministic", "fastest")
 
 

@@ -40,6 +40,8 @@ BIT_FIELDS: Mapping[Operator, tuple[str, ...] | None] = {
     "draw": ("split", "block", "num_warps"),
     "filter": None,
     "attention": None,
+    "cross_entropy": None,
+    "divergence": None,
 }
 """Entries of a configuration in which all classes of rows must agree for equal bits; None: in all of them."""
 

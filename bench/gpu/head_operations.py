@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from bench.gpu.operations import Build, Operation, load
+from bench.gpu.operations import Build, NotInstalled, Operation, load
 from bench.gpu.rows import OURS
 from bench.gpu.timing import Implementation, Method
 from torch import Tensor
 
-from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.cross_entropy import compute_cross_entropy, linear_cross_entropy
+from genssd.kernels.divergence import compute_divergence, linear_divergence
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
 
@@ -168,6 +168,32 @@ CROSS_ENTROPIES: dict[str, Callable[[], Loss]] = {
 }
 
 
+NORMALIZED = "genssd with normalized logits"
+"""Name of the first candidate of a loss that is not timed yet; bench.tuning.new_candidates times all of them."""
+
+
+def compute_normalized(operator: Literal["cross_entropy", "divergence"], compute: Callable[..., Any]) -> Implementation:
+    """Return what a loss and its backward pass compute with the first candidate whose product takes normalizers.
+
+    compute: function of a configuration to the total, the losses and the gradients of hidden and weight. Raises
+    NotInstalled where the card has no such candidate.
+    """
+    from genssd.kernels.candidates_triton import Device
+    from genssd.kernels.loss_candidates_triton import loss_candidates
+    from genssd.kernels.scale_triton import scale
+
+    candidates = loss_candidates(operator, Device.of(torch.device("cuda", 0)), torch.bfloat16)
+    configuration = next((candidate for candidate in candidates if candidate.fused), None)
+    if configuration is None:
+        raise NotInstalled("no candidate of this card takes normalizers from the product")
+    one = torch.ones((), device="cuda")
+
+    def run() -> list[Tensor]:
+        return [scale(gradient, one, torch.bfloat16) for gradient in compute(configuration)[2:] if gradient.numel()]
+
+    return Implementation(calls=[run], method="events")
+
+
 def differentiate(loss: Callable[..., Tensor], trained: tuple[Tensor, ...], *inputs: Tensor) -> Implementation:
     """Return forward and backward pass of a loss of inputs. trained: the inputs whose gradients are computed."""
     return Implementation(calls=[lambda: torch.autograd.grad(loss(*inputs), trained)], method="events")
@@ -191,8 +217,29 @@ def iter_cross_entropies() -> Iterator[Operation]:
                 shape=f"{rows} x {width}",
                 flops=(4 if frozen else 6) * rows * V * width,
                 num_bytes=0.0,
-                implementations={name: functools.partial(build, make) for name, make in CROSS_ENTROPIES.items()},
+                implementations={
+                    **{name: functools.partial(build, make) for name, make in CROSS_ENTROPIES.items()},
+                    NORMALIZED: functools.partial(build_normalized_cross_entropy, rows, width, frozen),
+                },
             )
+
+
+def build_normalized_cross_entropy(rows: int, width: int, frozen: bool) -> Implementation:
+    """Return the candidate of cross-entropy, with the gradients of `iter_cross_entropies`."""
+    inputs = *make_head(rows, width), make_targets(rows), torch.ones(rows, device="cuda")
+    return compute_normalized(
+        "cross_entropy",
+        lambda configuration: compute_cross_entropy(*inputs, 1.0, None, True, not frozen, configuration=configuration),
+    )
+
+
+def build_normalized_divergence(kind: str, rows: int, width: int, teacher_width: int) -> Implementation:
+    """Return the candidate of a divergence, with the gradients of `iter_divergences`."""
+    inputs = *make_head(rows, width), *make_head(rows, teacher_width, seed=5), torch.ones(rows, device="cuda")
+    options = (kind, [0.5], [rows], 1.0, None, None, True, True)
+    return compute_normalized(
+        "divergence", lambda configuration: compute_divergence(*inputs, *options, configuration=configuration)
+    )
 
 
 def eager_divergence(kind: str, student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -222,6 +269,7 @@ def iter_divergences() -> Iterator[Operation]:
             implementations: dict[str, Build] = {
                 OURS: functools.partial(build, compute_loss),
                 "eager": functools.partial(build, functools.partial(eager_divergence, kind)),
+                NORMALIZED: functools.partial(build_normalized_divergence, kind, rows, width, teacher_width),
             }
             yield Operation(
                 name=kind,

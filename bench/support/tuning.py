@@ -42,7 +42,10 @@ class Report:
 
 
 def kernel_times(run: Callable[[], object], most: int = 14) -> dict[str, str]:
-    """Return the total microseconds and the number of calls of the longest kernels of one run, by their names."""
+    """Return the total microseconds and the number of calls of the longest kernels of one run, by their names.
+
+    Kernels whose names agree in the first 70 characters are added up.
+    """
     run()
     torch.cuda.synchronize()
     try:
@@ -51,8 +54,12 @@ def kernel_times(run: Callable[[], object], most: int = 14) -> dict[str, str]:
             torch.cuda.synchronize()
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {event.key[:70]: f"{event.self_device_time_total:.1f} us x{event.count}" for event in events[:most]}
+    totals: dict[str, tuple[float, int]] = {}
+    for event in profile.key_averages():
+        microseconds, count = totals.get(event.key[:70], (0.0, 0))
+        totals[event.key[:70]] = microseconds + event.self_device_time_total, count + event.count
+    longest = sorted(totals.items(), key=lambda item: -item[1][0])[:most]
+    return {name: f"{microseconds:.1f} us x{count}" for name, (microseconds, count) in longest}
 
 
 def warm(runs: Iterable[Callable[[], object]]) -> None:

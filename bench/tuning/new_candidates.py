@@ -1,11 +1,12 @@
 """Time on this GPU what no GPU has timed yet, so that one run decides what ships.
 
-    python -m bench.tuning.new_candidates [--json FILE] [--seconds 50] [--vocabulary 151936]
+    python -m bench.tuning.new_candidates [--json FILE] [--only losses filters] [--seconds 50] [--vocabulary 151936]
 
-Filters: every candidate of `genssd tune` (filter_candidates_triton.py), compared with plain torch first, in captured
-graphs; the shipped configuration is the first. A candidate that wins at all rows
-goes into `filter_triton.SHIPPED`. The student's own stream is compared by `python -m bench.engine.search_gpu --streams
-2`. Every line of output is one JSON object.
+Every candidate of `genssd tune` for the losses under a head (loss_candidates_triton.py) at widths of 4096 and 1024, and
+for the filters of a draw (filter_candidates_triton.py), compared with plain torch first, in captured graphs; the
+shipped configuration is the first. A candidate that wins at all shapes ships next: in `loss_launch_triton.
+choose_shipped`, `filter_triton.SHIPPED`. The student's own stream is compared by `python -m bench.engine.search_gpu
+--streams 2`. Every line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,43 +15,67 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench.support.tuning import Report, warm
+from bench.support.tuning import Report, gibibytes_of, warm
 
-from genssd.engine.models.tuning import time_in_graph
+from genssd.engine.models.tuning import Workload, time_in_graph
 from genssd.kernels.candidates_triton import Device
-from genssd.kernels.filter_candidates_triton import CANDIDATES, FilterWorkload
+from genssd.kernels.filter_candidates_triton import FilterWorkload
+from genssd.kernels.loss_candidates_triton import KINDS, ROWS, CrossEntropyWorkload, DivergenceWorkload
 from genssd.kernels.tune_file import Configuration
 
+WIDTHS = (4096, 1024)
+"""Widths of the teacher and of the student: Qwen3-8B and Qwen3-0.6B."""
 
-def measure_one(report: Report, workload: FilterWorkload, values: Configuration, rows: int) -> None:
-    """Check and time one candidate at one number of rows."""
-    run = workload.make_run(values, rows)
-    workload.check(run(), rows)
-    report.add(op="filter", rows=rows, us=1e6 * time_in_graph(run, False), tiles=dict(values))
+
+def measure_one(report: Report, workload: Workload, values: Configuration, sample: int, names: dict[str, Any]) -> None:
+    """Check and time one candidate on one sample of a workload."""
+    run = workload.make_run(values, sample)
+    workload.check(run(), sample)
+    is_loss = workload.operator != "filter"
+    more = {"gib": gibibytes_of(run)} if is_loss else {}
+    report.add(**names, us=1e6 * time_in_graph(run, is_loss), **more, tiles=dict(values))
+
+
+def measure_workload(report: Report, workload: Workload, samples: dict[int, dict[str, Any]]) -> None:
+    """Time all candidates of a workload. samples: what a line says of each of them."""
+    candidates, small = workload.candidates(0), workload.make_small()
+    warm([small.make_run(values, next(iter(samples))) for values in candidates])
+    report.add(done=f"compiling {workload.operator} {workload.problem.shape}")
+    for sample, names in samples.items():
+        for values in candidates:
+            named = {"op": workload.operator, **names}
+            measure = functools.partial(measure_one, report, workload, values, sample, named)
+            report.attempt(measure, **named, tiles=dict(values))
+
+
+def measure_losses(report: Report, vocabulary: int) -> None:
+    """Time the candidates of cross-entropy at both widths, and of the divergences between them."""
+    device = Device.of(torch.device("cuda", 0))
+    for width in WIDTHS:
+        cross_entropy = CrossEntropyWorkload(device, torch.bfloat16, (vocabulary, width))
+        measure_workload(report, cross_entropy, {ROWS: {"rows": ROWS, "width": width}})
+    teacher, student = WIDTHS
+    divergence = DivergenceWorkload(device, torch.bfloat16, (vocabulary, student, teacher))
+    samples: dict[int, dict[str, Any]] = {i: {"kind": kind, "rows": ROWS} for i, kind in enumerate(KINDS)}
+    measure_workload(report, divergence, samples)
 
 
 def measure_filters(report: Report, vocabulary: int) -> None:
-    """Time the candidates of the filters, the shipped one first."""
+    """Time the candidates of the filters."""
     workload = FilterWorkload(Device.of(torch.device("cuda", 0)), vocabulary)
-    small = workload.make_small()
-    warm([small.make_run(tiles.values(), 16) for tiles in CANDIDATES])
-    report.add(done="compiling the filters")
-    for rows in (64, 256, 16):
-        for tiles in CANDIDATES:
-            values = tiles.values()
-            report.attempt(
-                functools.partial(measure_one, report, workload, values, rows),
-                op="filter",
-                rows=rows,
-                tiles=dict(values),
-            )
+    measure_workload(report, workload, {rows: {"rows": rows} for rows in (64, 256, 16)})
+
+
+PARTS = {"losses": measure_losses, "filters": measure_filters}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--vocabulary", type=int, default=151936)
     options = parser.parse_args()
@@ -58,7 +83,8 @@ def main() -> None:
         sys.exit("timing the candidates needs a GPU")
     report = Report(options.json, options.seconds)
     report.add(gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-    measure_filters(report, options.vocabulary)
+    for part in options.only:
+        PARTS[part](report, options.vocabulary)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from genssd.kernels.tuned import find_disagreement
 Outputs = tuple[Tensor, ...]
 Timer = Callable[[Callable[[], Outputs], bool], float]
 """A function that returns the time in seconds of a call, which is long (milliseconds) or not."""
+Shape = tuple[torch.dtype, ModelConfig]
+"""Dtype and sizes of a model."""
 MAX_PROCESSES = 14
 """Maximum number of processes that compile; each of them holds torch and its CUDA context in memory."""
 COMPARED_ROWS = 16
@@ -193,7 +195,7 @@ def measure(workload: Workload, row_class: int, values: Configuration, timer: Ti
         outputs = run()
         workload.check(outputs, sample)
         is_last = row_class == len(workload.samples) - 1 > 0
-        seconds.append(timer(run, is_last))
+        seconds.append(timer(run, is_last or workload.operator in tune_file.LOSS_OPERATORS))
         if len(workload.samples) > 1:
             rows = min(sample, COMPARED_ROWS)
             digests.add(_digest(outputs, 0, rows))
@@ -230,20 +232,22 @@ def time_in_graph(run: Callable[[], Outputs], is_long: bool) -> float:
 
 
 def tune_models(
-    models: Sequence[tuple[torch.dtype, ModelConfig]],
+    models: Sequence[Shape],
     device: torch.device,
     *,
+    teacher: Shape | None = None,
     seconds: float,
     report: Callable[[str], None],
 ) -> dict[Problem, Entry]:
     """Tune every kernel for models on a CUDA device, and return the winners of every problem.
 
-    models: dtype and shape of every model. seconds: time after which no further candidate is begun; half of
-    it at most goes to the compilation. report: receives one line per problem, and one per candidate that fails.
+    models: those that may be trained. teacher: that from which they are distilled. seconds: time after which no further
+    candidate is begun; half of it at most goes to the compilation. report: receives one line per problem, and one per
+    candidate that fails.
     """
     started = time.monotonic()
     torch.cuda.set_device(device)
-    workloads = make_workloads(models, device)
+    workloads = make_workloads(models, device, teacher)
     jobs = list_jobs(workloads)
     processes = min(MAX_PROCESSES, available_cores())
     work = functools.partial(compile_candidate, jobs, device)
@@ -272,24 +276,33 @@ def compile_candidate(jobs: Sequence[tuple[Workload, Configuration, int]], devic
 
 
 def list_jobs(workloads: Sequence[Workload]) -> list[tuple[Workload, Configuration, int]]:
-    """Return what must be compiled: candidates with one of their samples, those of equal small workloads once."""
+    """Return what must be compiled: candidates with one of their samples, those of equal small workloads once.
+
+    The samples of a divergence are its kinds, each of which has a kernel of its own.
+    """
     jobs: dict[tuple[Problem, str], tuple[Workload, Configuration, int]] = {}
     for workload in workloads:
         small = workload.make_small().problem
         for row_class, values in _order(workload, [workload.shipped(c) for c in range(len(workload.samples))]):
-            jobs.setdefault((small, json.dumps(values)), (workload, values, workload.samples[row_class][0]))
+            samples = workload.samples[row_class]
+            for number, sample in enumerate(samples if workload.operator == "divergence" else samples[:1]):
+                jobs.setdefault((small, json.dumps([values, number])), (workload, values, sample))
     return list(jobs.values())
 
 
-def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: torch.device) -> list[Workload]:
-    """Return the workloads of models on a CUDA device, each problem once."""
+def make_workloads(models: Sequence[Shape], device: torch.device, teacher: Shape | None = None) -> list[Workload]:
+    """Return the workloads of models on a CUDA device, each problem once: those of an engine, then those of a training.
+
+    The losses between two heads are those over the vocabulary that a model has in common with the teacher.
+    """
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
     from genssd.kernels.filter_candidates_triton import FilterWorkload
+    from genssd.kernels.loss_candidates_triton import CrossEntropyWorkload, DivergenceWorkload
 
     properties = Device.of(device)
     workloads: dict[Problem, Workload] = {}
-    for dtype, config in models:
+    for dtype, config in (*models, *([] if teacher is None else [teacher])):
         head = (properties, dtype, config.vocab_size, config.hidden_size)
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         listed: tuple[Workload, ...] = (
@@ -299,5 +312,13 @@ def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: to
             AttentionWorkload(properties, dtype, heads, PAGE_SIZE["cuda"]),
         )
         for workload in listed:
+            workloads.setdefault(workload.problem, workload)
+    for dtype, config in models:
+        losses: list[Workload] = [CrossEntropyWorkload(properties, dtype, (config.vocab_size, config.hidden_size))]
+        if teacher is not None:
+            shared = min(config.vocab_size, teacher[1].vocab_size)
+            shape = (shared, config.hidden_size, teacher[1].hidden_size)
+            losses.append(DivergenceWorkload(properties, dtype, shape))
+        for workload in losses:
             workloads.setdefault(workload.problem, workload)
     return list(workloads.values())

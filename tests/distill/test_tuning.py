@@ -33,13 +33,15 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         models: Sequence[tuple[torch.dtype, ModelConfig]],
         device: torch.device,
         *,
+        teacher: tuple[torch.dtype, ModelConfig] | None,
         seconds: float,
         report: Callable[[str], None],
     ) -> dict[Problem, Entry]:
-        seen.append((models, device, seconds))
+        seen.append((models, teacher, device, seconds))
         report("score: 1 us")
         return {
-            Problem(operator="score", dtype="float32", shape=(m.vocab_size, m.hidden_size)): ENTRY for _, m in models
+            Problem(operator="score", dtype="float32", shape=(m.vocab_size, m.hidden_size)): ENTRY
+            for _, m in [*models, *([] if teacher is None else [teacher])]
         }
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -84,8 +86,9 @@ def test_results_are_added_to_the_file(
         f"{format_count(len(entries), 'result')} for card written to {file}",
         f"the other commands read it where GENSSD_TUNE_FILE={file} is set",
     ]
-    ((models, device, seconds),) = with_cuda
-    assert [config.model_type for _, config in models] == ["qwen3", "llama"]
+    ((models, teacher, device, seconds),) = with_cuda
+    assert [config.model_type for _, config in models] == ["llama"]
+    assert teacher[1].model_type == "qwen3"
     assert device == torch.device("cuda", 0)
     assert seconds == 110.0
     assert not tune_file.default_path().exists()

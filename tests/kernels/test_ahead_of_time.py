@@ -33,6 +33,7 @@ from genssd.kernels import (  # noqa: E402
     attention_launch_triton,
     attention_mass_triton,
     cache_triton,
+    candidates_triton,
     device_table,
     divergence_triton,
     draw_triton,
@@ -43,8 +44,11 @@ from genssd.kernels import (  # noqa: E402
     filter_triton,
     head_triton,
     logprob_triton,
+    loss_candidates_triton,
+    loss_logits_triton,
     norm_triton,
     rows_triton,
+    scale_triton,
 )
 from genssd.kernels.attention_launch_triton import AttentionTiles  # noqa: E402
 from genssd.kernels.head_triton import HeadTiles  # noqa: E402
@@ -102,7 +106,7 @@ ALIGNED = (
     "V", "U", "D", "L", "stride", "stride_z", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx",
     "stride_student", "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin",
     "stride_page", "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
-    "M", "stride_e", "stride_m",
+    "M", "stride_e", "stride_m", "count",
 )  # fmt: skip
 
 
@@ -122,7 +126,7 @@ SIZES = (
     "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G",
     "P", "first", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
     "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
-    "X", "K", "M", "stride_e", "stride_m",
+    "X", "K", "M", "stride_e", "stride_m", "count",
 )  # fmt: skip
 FACTORS = (
     "scale", "log_tail", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p",
@@ -140,9 +144,10 @@ def compile_tiles(target: Target, kernel: Any, dtype: str, tiles: HeadTiles, **c
     if tiles.descriptors:
         pointers["hidden"] = f"tensordesc<{dtype}[{tiles.block_n}, {tiles.block_d}]>"
         pointers["weight"] = f"tensordesc<{dtype}[{tiles.block_v}, {tiles.block_d}]>"
-    types = types_of(**pointers, target="*i64", partial="*fp32", chosen="*fp32", logits="*fp32")
+    types = types_of(**pointers, target="*i64", **dict.fromkeys(("partial", "chosen", "logits", "x"), "*fp32"))
     sizes = {"BLOCK_N": tiles.block_n, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d}
     constants = {**sizes, "DESCRIPTORS": tiles.descriptors, "INTERPRET": False, **constants}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     compiled = compile_for(target, kernel, types, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     assert "boxes" in compiled.instructions if tiles.descriptors else loads_asynchronously(compiled, target)
     assert multiplies_by_matrix(compiled, target, dtype)
@@ -214,6 +219,21 @@ def test_logits_tiles(target: Target, dtype: str, extras: bool) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "softcap"), [("bf16", False), ("bf16", True), ("fp16", True)])
+def test_tiles_that_take_normalizers(target: Target, dtype: str, softcap: bool) -> None:
+    """Every candidate of a loss; those that differ in the number of stages alone once."""
+    device = candidates_triton.Device(torch.device("cpu"), target.backend == "hip", target.capability, 132)
+    candidates = loss_candidates_triton.loss_candidates("cross_entropy", device, DTYPES[dtype])
+    tiles = {candidate.tiles for candidate in candidates if candidate.fused}
+    assert tiles
+    for same in group_by_stages(tiles):
+        tile = max(same, key=lambda tile: tile.num_stages)
+        compiled = compile_tiles(target, loss_logits_triton._write_kernel, dtype, tile, SOFTCAP=softcap)
+        if target.arch == 90:
+            assert f"m64n{tile.block_v}k16" in compiled.instructions
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_target_tiles(target: Target, dtype: str) -> None:
     tilings = [logprob_triton.choose_target_tiling(tiles) for tiles in shipped_tiles(target, dtype)]
@@ -223,6 +243,24 @@ def test_target_tiles(target: Target, dtype: str) -> None:
         constants = {**tiling, "HAS_BIAS": True, "SOFTCAP": True, "INTERPRET": False}
         compiled = compile_for(target, logprob_triton._target_kernel, types, constants, **options)
         assert multiplies_by_matrix(compiled, target, dtype)
+
+
+PER_WARP = {
+    "cross_entropy": rows_triton.ROWS.block // rows_triton.ROWS.num_warps,
+    "divergence": divergence_triton.TILES.block // divergence_triton.TILES.num_warps,
+}
+"""Entries of a row that a warp holds in the passes of a loss. The most warps have the fewest registers each."""
+
+
+def of_divergence(
+    kind: str, *, mean_known: bool, normalized: bool = False, warps: int = divergence_triton.TILES.num_warps
+) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    logits = ("student", "teacher", "row_weight", "loss", "student_normalizer", "teacher_normalizer")
+    constants = {
+        "BLOCK": warps * PER_WARP["divergence"], "KIND": divergence_triton.KINDS[kind], "MEAN_KNOWN": mean_known,
+        "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True, "STUDENT_KNOWN": normalized, "TEACHER_KNOWN": normalized,
+    }  # fmt: skip
+    return divergence_triton._divergence_kernel, dict.fromkeys(logits, "*fp32") | {"dx": "*bf16"}, constants, warps
 
 
 ROWWISE = {
@@ -276,22 +314,38 @@ ROWWISE = {
         )
         for linear in (False, True)
     },
-    "cross-entropy": (
-        rows_triton._cross_entropy_kernel,
-        {"x": "*fp32", "target": "*i64", "row_weight": "*fp32", "loss": "*fp32", "dx": "*bf16"},
-        {"BLOCK": rows_triton.ROWS.block, "SOFTCAP": True}, rows_triton.ROWS.num_warps,
+    **{
+        f"cross-entropy{'-normalized' if known else ''}-{warps}": (
+            rows_triton._cross_entropy_kernel,
+            {**dict.fromkeys(("x", "normalizer", "row_weight", "loss"), "*fp32"), "target": "*i64", "dx": "*bf16"},
+            {"BLOCK": warps * PER_WARP["cross_entropy"], "SOFTCAP": True, "KNOWN": known}, warps,
+        )
+        for warps, known in ((rows_triton.ROWS.num_warps, False), (rows_triton.ROWS.num_warps, True), (32, False))
+    },
+    "merge-normalizers": (
+        loss_logits_triton._merge_kernel,
+        {"partial": "*fp32", "normalizer": "*fp32"},
+        {"ROWS": loss_logits_triton.MERGED_ROWS, "BLOCK_S": loss_logits_triton.MERGED_SPLITS}, 4,
     ),
     **{
-        f"divergence-{kind}{'-in-two-passes' if known else ''}": (
-            divergence_triton._divergence_kernel,
-            dict.fromkeys(("student", "teacher", "row_weight", "loss"), "*fp32") | {"dx": "*bf16"},
-            {
-                "BLOCK": divergence_triton.TILES.block, "KIND": code, "MEAN_KNOWN": known, "STUDENT_SOFTCAP": True,
-                "TEACHER_SOFTCAP": True,
-            },
-            divergence_triton.TILES.num_warps,
+        f"scale-{dtype}": (
+            scale_triton._scale_kernel,
+            {"gradient": f"*{dtype}", "factor": "*fp32", "out": "*bf16"},
+            {"BLOCK": scale_triton.BLOCK}, scale_triton.NUM_WARPS,
         )
-        for kind, code in divergence_triton.KINDS.items() for known in (False, True)[: 2 if kind == "forward_kl" else 1]
+        for dtype in ("fp32", "bf16")
+    },
+    **{
+        f"divergence-{kind}{'-in-two-passes' if known else ''}": of_divergence(kind, mean_known=known)
+        for kind in divergence_triton.KINDS for known in (False, True)[: 2 if kind == "forward_kl" else 1]
+    },
+    **{
+        f"normalized-divergence-{kind}": of_divergence(kind, mean_known=kind == "forward_kl", normalized=True)
+        for kind in divergence_triton.KINDS
+    },
+    **{
+        f"wide-divergence-{kind}": of_divergence(kind, mean_known=kind == "forward_kl", warps=32)
+        for kind in ("forward_kl", "jsd", "skew_reverse_kl")
     },
 }  # fmt: skip
 
@@ -312,7 +366,8 @@ come from ptxas of Triton 3.7; Triton 3.9 compiles the same kernels without a st
 def test_rowwise_kernels(target: Target, name: str) -> None:
     kernel, pointers, constants, num_warps = ROWWISE[name]
     stack = STACKS.get((name, target.capability), 0)
-    compile_for(target, kernel, types_of(**pointers), constants, stack, num_warps=num_warps)
+    compiled = compile_for(target, kernel, types_of(**pointers), constants, stack, num_warps=num_warps)
+    assert not name.startswith("scale") or "wide" in compiled.instructions, "memory is read in small pieces"
 
 
 FILTERS = {

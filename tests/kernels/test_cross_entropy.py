@@ -304,6 +304,9 @@ def test_chunks_on_cuda_are_even_and_fit(num_rows: int, vocabulary: int) -> None
     last = num_rows - (-(-num_rows // rows) - 1) * rows
     assert rows >= num_rows or rows == fitting or rows - last <= 128 * -(-num_rows // rows)
     assert head.rows_per_chunk(8192, 151936, torch.device("cuda")) == 4096
+    assert head.rows_per_chunk(8192, 151936, torch.device("cuda"), most=1024) == 1024
+    assert head.rows_per_chunk(8192, 151936, torch.device("cuda"), most=3000) == 2816, "three chunks of the same size"
+    assert head.rows_per_chunk(8192, 151936, torch.device("cuda"), most=1 << 30) == 4096
 
 
 def test_a_batch_is_the_sum_of_its_parts() -> None:

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from genssd.engine.models.tuning import time_in_graph, tune
-from genssd.kernels import tune_file, tuned
+from genssd.kernels import loss_candidates_triton, tune_file, tuned
 from genssd.kernels.candidates_triton import Device, HeadWorkload
 from genssd.kernels.logprob import STATISTICS, linear_logprob
+from genssd.kernels.loss_candidates_triton import CrossEntropyWorkload, DivergenceWorkload
 from genssd.kernels.sampling import linear_sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 V, D = 32000, 256
+LOSSES = {"cross_entropy": (V, D), "divergence": (V, D, 2 * D)}
 
 
 @pytest.fixture
@@ -56,3 +59,22 @@ def test_rows_have_the_bits_that_they_have_alone(file: Path, caplog: pytest.LogC
     torch.testing.assert_close(fastest.logprob, complete.logprob, atol=1e-4, rtol=1e-5)
     assert caplog.records == []
     tuned.forget()
+
+
+@pytest.mark.parametrize("operator", LOSSES)
+def test_every_candidate_of_a_loss_agrees_with_float32(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, the same bits in every run, and a captured graph; chunks of 1024 and 2048 rows leave a shorter one."""
+    rows = 2500
+    monkeypatch.setattr(loss_candidates_triton, "ROWS", rows)
+    loss_candidates_triton.loss_head.cache_clear()
+    make = {"cross_entropy": CrossEntropyWorkload, "divergence": DivergenceWorkload}[operator]
+    workload = make(Device.of(torch.device("cuda", 0)), torch.bfloat16, LOSSES[operator])
+    samples = (rows,) if operator == "cross_entropy" else workload.samples[0]
+    for values in workload.candidates(0):
+        for sample in samples:
+            run = workload.make_run(values, sample)
+            outputs: tuple[Tensor, ...] = run()
+            workload.check(outputs, sample)
+            assert all(map(torch.equal, run(), outputs)), values
+            assert time_in_graph(run, True) > 0.0
+    loss_candidates_triton.loss_head.cache_clear()

@@ -5,6 +5,7 @@ What no interpreter can run, tensor descriptors of half precision among it, is c
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 
 from genssd.engine.models import tuning
 from genssd.engine.models.tuning import measure, tune
-from genssd.kernels import candidates_triton, filter_candidates_triton, tune_file
+from genssd.kernels import candidates_triton, filter_candidates_triton, loss_candidates_triton, tune_file
 from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
 from genssd.kernels.filter_candidates_triton import FilterWorkload
+from genssd.kernels.head_triton import HeadTiles
+from genssd.kernels.loss_candidates_triton import CrossEntropyWorkload, DivergenceWorkload, loss_candidates
 
 CPU = Device(torch.device("cpu"), amd=False, capability=90, multiprocessors=2)
 
@@ -32,6 +35,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filter_candidates_triton, "MOST_ROWS", 2)
     # the interpreter takes as long for any size: the kernels of each kind once, by both ways to draw
     monkeypatch.setattr(filter_candidates_triton, "CANDIDATES", filter_candidates_triton.CANDIDATES[:3:2])
+    # all rows of a loss at once and in few programs, by the library's product and by ours
+    monkeypatch.setattr(loss_candidates_triton, "ROWS", 5)
+    monkeypatch.setattr(CrossEntropyWorkload, "samples", ((5,),))
+    monkeypatch.setattr(loss_candidates_triton, "CHECKED_ROWS", 4)
+    monkeypatch.setattr(loss_candidates_triton, "loss_candidates", few_loss_candidates)
     monkeypatch.setattr(candidates_triton, "LOGITS_BYTES", 9 * 600 * 4)  # nine rows of a draw
     monkeypatch.setattr(candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
     # small integers: the interpreter's products would round differently at other places of a tile, and ranks with them
@@ -41,7 +49,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture(params=["score", "logits", "draw", "filter", "attention"])
+def few_loss_candidates(operator: Any, device: Device, dtype: torch.dtype) -> Any:
+    """Return the shipped configuration and one that takes the product of tiles, which float32 would not try."""
+    shipped = loss_candidates(operator, device, dtype)[0]
+    tiles = HeadTiles(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=1)
+    return [shipped, dataclasses.replace(shipped, fused=True, tiles=tiles, chunk_rows=4)]
+
+
+@pytest.fixture(params=["score", "logits", "draw", "filter", "attention", "cross_entropy", "divergence"])
 def workload(request: pytest.FixtureRequest) -> Any:
     if request.param == "draw":
         return DrawWorkload(CPU, 600)
@@ -49,6 +64,10 @@ def workload(request: pytest.FixtureRequest) -> Any:
         return FilterWorkload(CPU, 600)
     if request.param == "attention":
         return AttentionWorkload(CPU, torch.float32, (4, 2, 16), 16)
+    if request.param == "cross_entropy":
+        return CrossEntropyWorkload(CPU, torch.float32, (70, 24))
+    if request.param == "divergence":
+        return DivergenceWorkload(CPU, torch.float32, (70, 24, 16))
     return HeadWorkload(request.param, CPU, torch.float32, 70, 24)
 
 
@@ -89,6 +108,21 @@ def test_the_shipped_configuration_is_one_of_the_candidates() -> None:
                     assert workload.shipped(row_class) in workload.candidates(row_class), (dtype, capability, row_class)
 
 
+def test_candidates_of_the_losses() -> None:
+    """The shipped one is the first; the product that takes normalizers is tried where a matrix unit multiplies."""
+    for operator in tune_file.LOSS_OPERATORS:
+        for dtype, capability, fused in (
+            (torch.float32, 90, 0), (torch.bfloat16, 80, 1), (torch.bfloat16, 90, 3), (torch.bfloat16, 100, 1),
+        ):  # fmt: skip
+            device = Device(torch.device("cpu"), amd=False, capability=capability, multiprocessors=132)
+            candidates = loss_candidates(operator, device, dtype)
+            assert len(set(candidates)) == len(candidates)
+            assert not candidates[0].fused
+            assert len({candidate.tiles for candidate in candidates if candidate.fused}) == fused
+            for candidate in candidates:
+                assert candidate.from_values(candidate.values()) == candidate
+
+
 def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems that two models have in common are tuned once, and what is compiled is what is timed."""
     compiled: list[Any] = []
@@ -108,20 +142,28 @@ def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(candidates_triton, "SAMPLES", ((2, 3), (4,), (5,), (6,)))
     monkeypatch.setattr(HeadWorkload, "make_small", lambda workload: workload)
     monkeypatch.setattr(DrawWorkload, "make_small", lambda workload: workload)
-    monkeypatch.setattr(FilterWorkload, "make_small", lambda workload: workload)
+    for kind in (FilterWorkload, CrossEntropyWorkload, DivergenceWorkload):
+        monkeypatch.setattr(kind, "make_small", lambda workload: workload)
     shape = {"vocab_size": 70, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    models: Any = [(torch.float32, SimpleNamespace(hidden_size=width, **shape)) for width in (24, 16)]
+    student, teacher = ((torch.float32, SimpleNamespace(hidden_size=width, **shape)) for width in (24, 16))
     lines: list[str] = []
-    entries = tuning.tune_models(models, torch.device("cpu"), seconds=100.0, report=lines.append)
+    entries = tuning.tune_models(
+        [student],  # type: ignore[list-item]
+        torch.device("cpu"),
+        teacher=teacher,  # type: ignore[arg-type]
+        seconds=100.0,
+        report=lines.append,
+    )
     assert [(problem.operator, problem.shape) for problem in entries] == [
         ("score", (70, 24)), ("logits", (70, 24)), ("draw", (70,)), ("filter", (70,)),
         ("attention", (4, 2, 16)),
-        ("score", (70, 16)), ("logits", (70, 16)),
+        ("score", (70, 16)), ("logits", (70, 16)), ("cross_entropy", (70, 24)), ("divergence", (70, 24, 16)),
     ]  # fmt: skip
     assert lines[0].startswith(f"{len(compiled)} candidates compiled in ")
     assert lines[1].startswith("score 70 x 24 float32: 1..64: 1 us (shipped 1), 65..128: 1 us")
     assert lines[5] == "attention 4 x 2 x 16 float32: all rows: 1 us (shipped 1)"
-    assert len(lines) == 8, lines
+    assert lines[8] == "cross_entropy 70 x 24 float32: all rows: 1 us (shipped 1)"
+    assert len(lines) == 10, lines
 
 
 def test_the_digest_tells_rows_that_depend_on_their_batch() -> None:
