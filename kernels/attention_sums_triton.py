@@ -57,6 +57,35 @@ def load_tile(
 
 
 @triton.jit
+def load_tiles(
+    k_tiles, v_tiles, k_pages, v_pages, item_pages, page, start, low, high, kv_head, G,
+    stride_page, stride_slot, stride_group,
+    S: tl.constexpr, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return the keys and the values of a tile of tokens, each [T, E]; see load_tile."""
+    # The compiler puts a barrier of all warps between the copy of the tile that is issued last and the first product
+    # that reads a tile of the same tensor. With the keys last it is at the top of the loop, where the warps have just
+    # waited for each other; with the values last, between the softmax and the second product, no group of warps could
+    # multiply while the other computes its softmax. Loads through registers are waited for one by one, and keys first.
+    if TMA:
+        v_TE = load_tile(
+            v_tiles, v_pages, item_pages, page, start, low, high, kv_head, G, stride_page, stride_slot, stride_group,
+            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        )  # fmt: skip
+    k_TE = load_tile(
+        k_tiles, k_pages, item_pages, page, start, low, high, kv_head, G, stride_page, stride_slot, stride_group,
+        S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+    )  # fmt: skip
+    if not TMA:
+        v_TE = load_tile(
+            v_tiles, v_pages, item_pages, page, start, low, high, kv_head, G, stride_page, stride_slot, stride_group,
+            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        )  # fmt: skip
+    return k_TE, v_TE
+
+
+@triton.jit
 def add_scores(
     peak, total, sums_ME, z, v_TE, visible, inner, factor,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, INTERPRET: tl.constexpr,
@@ -140,13 +169,9 @@ def add_tokens(
     for tile in tl.range(start, stop, BLOCK_T):
         # read one step ahead, so that no address waits for it
         next_page = tl.load(item_pages + tl.minimum(tile + BLOCK_T, high - 1) // S)
-        k_TE = load_tile(
-            k_tiles, k_pages, item_pages, page, tile, low, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
-        )  # fmt: skip
-        v_TE = load_tile(
-            v_tiles, v_pages, item_pages, page, tile, low, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        k_TE, v_TE = load_tiles(
+            k_tiles, v_tiles, k_pages, v_pages, item_pages, page, tile, low, high, kv_head, G,
+            stride_page, stride_slot, stride_group, S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
         )  # fmt: skip
         token = tile + tl.arange(0, BLOCK_T)
         if MASKED and TMA:
@@ -178,13 +203,9 @@ def add_segments(
     page = tl.load(item_pages + tl.minimum(start, high - 1) // S)
     for tile in tl.range(start, stop, BLOCK_T):
         next_page = tl.load(item_pages + tl.minimum(tile + BLOCK_T, high - 1) // S)
-        k_TE = load_tile(
-            k_tiles, k_pages, item_pages, page, tile, 0, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
-        )  # fmt: skip
-        v_TE = load_tile(
-            v_tiles, v_pages, item_pages, page, tile, 0, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        k_TE, v_TE = load_tiles(
+            k_tiles, v_tiles, k_pages, v_pages, item_pages, page, tile, 0, high, kv_head, G,
+            stride_page, stride_slot, stride_group, S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
         )  # fmt: skip
         token = tile + tl.arange(0, BLOCK_T)
         if MASKED and TMA:
