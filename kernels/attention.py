@@ -72,6 +72,8 @@ def build_segment_table(
     segment: int,
     window: int = 0,
     unit_rows: int = 64,
+    chain_programs: int = 0,
+    resume_tokens: int = 0,
 ) -> SegmentTable:
     """Build the segment table of a batch of sequences, whose rows are numbered sequence by sequence.
 
@@ -81,10 +83,15 @@ def build_segment_table(
     to the last row's position must be in the cache when the table is used. segment: tokens of a segment. window: the
     largest number of positions that a row sees, its own included; 0 means all. unit_rows: the largest number of rows of
     a unit, which is a set of rows that are computed together. Sequences that share pages may have any order in the
-    batch. Raises ValueError on a sequence whose pages are not in its table, and unless segment is a multiple of
-    page_size.
+    batch. The last two are read where the table is copied to a GPU, and change no bit of a result. chain_programs: how
+    many programs of a kv head run at once, over which chains of segments are balanced; 0 makes no chains.
+    resume_tokens: what rows hold in the same pages of their unfinished segments is read once, rounded down to a
+    multiple of so many tokens; 0 means by every row. Raises ValueError on a sequence whose pages are not in its table,
+    on a negative number, and unless segment is a multiple of page_size.
     """
-    return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
+    return _core.segment_table(
+        tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows, chain_programs, resume_tokens
+    )
 
 
 def paged_attention(

@@ -507,8 +507,13 @@ def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
     assembly(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
 
 
-def compile_attention(target: Target, kernel: str, dtype: str, width: int, extras: bool) -> tuple[Any, AttentionTiles]:
-    """Compile one of attention's kernels as it ships. extras: a window, sinks and a cap on the scores."""
+def compile_attention(
+    target: Target, kernel: str, dtype: str, width: int, extras: bool, *, joined: bool = False
+) -> tuple[Any, AttentionTiles]:
+    """Compile one of attention's kernels as it ships.
+
+    extras: a window, sinks and a cap on the scores. joined: for tables with chains and shared parts.
+    """
     tiles = attention_launch_triton.choose_tiles(
         DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability
     )
@@ -532,7 +537,8 @@ def compile_attention(target: Target, kernel: str, dtype: str, width: int, extra
         "S": 64, "E": width, "GROUP": 4, "BLOCK_M": block_m, "BLOCK_T": tiles.block_t, "BLOCK_E": block_e,
         "WINDOW": extras, "SOFTCAP": extras, "FUSED": tiles.fused, "FLAT": tiles.flat, "HEADS": 4,
         "TMA": tiles.tma, "MASKED_TMA": masked_tma,
-        "OVERLAP": tiles.overlap, "SINKS": extras, "SEGMENT": 512, "SHORTEST": 128, "INTERPRET": False, **table,
+        "OVERLAP": tiles.overlap, "SINKS": extras, "SEGMENT": 512, "SHORTEST": 128, "INTERPRET": False,
+        "CHAINED": joined, "RESUMED": joined, **table,
     }  # fmt: skip
     function = getattr(attention_kernels_triton, kernel)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
@@ -570,9 +576,38 @@ def test_attention(target: Target, dtype: str, width: int, extras: bool, kernel:
     masked_tma = tiles.tail_tma if kernel == "finish_kernel" else tiles.window_tma
     if masked_tma or (tiles.tma and not extras):  # with a window every tile is masked
         assert re.search(BOXES, code)
+    if target.arch == 90 and kernel == "item_kernel" and width == 128 and not extras:
+        check_overlap(code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
         few = target.backend == "cuda" and tiles.block_m < 64  # rows, for the instruction of a warp group
         assert re.search(r"\bmma\.sync" if few else target.matrix, code)
+
+
+EVENTS = {
+    "mbarrier.try_wait": "arrived", "bar.sync": "barrier", "wgmma.commit_group": "product", "wgmma.wait_group": "wait",
+}  # fmt: skip
+
+
+def list_events(ptx: str) -> list[str]:
+    """Return what a kernel waits for and what it multiplies, in the order of the code."""
+    return [EVENTS[name] for name in re.findall("|".join(map(re.escape, EVENTS)), ptx)]
+
+
+def check_overlap(ptx: str) -> None:
+    """Check that a loop over tiles has no barrier from the first product to the second, and does not wait for that."""
+    events, loop = list_events(ptx), ["arrived", "barrier", "product", "wait", "product", "barrier"]
+    assert any(events[i : i + len(loop)] == loop for i in range(len(events))), events
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_over_chains_and_shared_parts(target: Target, tmp_path: Path) -> None:
+    for kernel in ("item_kernel", "finish_kernel") if target.arch == 90 else ("item_kernel",):
+        compiled, _ = compile_attention(target, kernel, "bf16", 128, False, joined=True)
+        assert compiled.metadata.shared <= target.shared_bytes
+        code = assembly(compiled, target, tmp_path)
+        assert re.search(target.asynchronous, code)
+        if target.arch == 90 and kernel == "item_kernel":
+            check_overlap(code)
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "gfx942"])
