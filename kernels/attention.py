@@ -20,6 +20,8 @@ Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head di
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -48,18 +50,26 @@ QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 128}
 """Largest number of query vectors (rows times query heads per kv head) that read a segment together, by device type."""
 
 
-def choose_segment(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> int:
-    """Return how many tokens a segment has on a device: what was tuned for it, else SEGMENT_TOKENS.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableOptions:
+    """What the segment tables of a model are made with; see `build_segment_table`."""
+
+    segment: int
+    chain_programs: int = 0
+    resume_tokens: int = 0
+
+
+def choose_table_options(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> TableOptions:
+    """Return what segment tables are made with on a device: what was tuned for it, else what ships.
 
     shape: query heads, kv heads and head dim.
     """
     if device.type == "cuda" and dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels.attention_launch_triton import find_tuned
+        from genssd.kernels import attention_launch_triton
 
-        if (configuration := find_tuned(device, dtype, shape)) is not None:
-            return configuration.segment
-    return SEGMENT_TOKENS[device.type]
+        return attention_launch_triton.choose_table_options(device, dtype, shape)
+    return TableOptions(segment=SEGMENT_TOKENS[device.type])
 
 
 def build_segment_table(

@@ -2,6 +2,11 @@
 
     python -m bench.tuning.new_candidates [--json FILE] [--seconds 50] [--vocabulary 151936]
 
+Attention: branches that decode after a shared prefix, one layer of an 8B model, with every candidate of `genssd tune`
+that reads several segments in one program or shares the begin of unfinished segments (candidates_triton.py), compared
+with float32 first. One that wins goes into `attention_launch_triton.choose_tiles`; whether a row has the same bits with
+it is checked by `python -m bench.tuning.attention_tiles`.
+
 Filters: every candidate of `genssd tune` (filter_candidates_triton.py), compared with plain torch first, in captured
 graphs; the shipped configuration is the first. A candidate that wins at all rows
 goes into `filter_triton.SHIPPED`. The student's own stream is compared by `python -m bench.engine.search_gpu --streams
@@ -14,14 +19,43 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench.support.tuning import Report, warm
 
+from genssd.engine.models.pages import PAGE_SIZE
 from genssd.engine.models.tuning import time_in_graph
-from genssd.kernels.candidates_triton import Device
+from genssd.kernels.candidates_triton import ATTENTION_SAMPLES, AttentionWorkload, Device
 from genssd.kernels.filter_candidates_triton import CANDIDATES, FilterWorkload
 from genssd.kernels.tune_file import Configuration
+
+HEADS = (32, 8, 128)
+SEGMENTS = (512, 1024)
+
+
+def measure_attention(report: Report) -> None:
+    """Time the shipped configuration of attention, and those with chains or shared begins of segments."""
+    workload = AttentionWorkload(Device.of(torch.device("cuda", 0)), torch.bfloat16, HEADS, PAGE_SIZE["cuda"])
+    shipped = workload.shipped(0)
+    joined = [values for values in workload.candidates(0) if values["chained"] and values["segment"] in SEGMENTS]
+    chosen = [shipped, *joined]
+    warm([workload.make_run(values, 1) for values in chosen])
+    report.add(done="compiling attention")
+    for sample, (rows, tokens, queries) in enumerate(ATTENTION_SAMPLES):
+        for values in chosen if queries == 1 else ():
+            changed = {name: value for name, value in values.items() if value != shipped[name]}
+            names = {"op": "attention", "rows": rows, "tokens": tokens, **changed}
+            report.attempt(functools.partial(measure_sample, report, workload, values, sample, names), **names)
+
+
+def measure_sample(
+    report: Report, workload: AttentionWorkload, values: Configuration, sample: int, names: dict[str, Any]
+) -> None:
+    """Check and time one candidate on one sample."""
+    run = workload.make_run(values, sample)
+    workload.check(run(), sample)
+    report.add(us=1e6 * time_in_graph(run, False), **names)
 
 
 def measure_one(report: Report, workload: FilterWorkload, values: Configuration, rows: int) -> None:
@@ -58,6 +92,7 @@ def main() -> None:
         sys.exit("timing the candidates needs a GPU")
     report = Report(options.json, options.seconds)
     report.add(gpu=torch.cuda.get_device_name(), torch=torch.__version__)
+    measure_attention(report)
     measure_filters(report, options.vocabulary)
 
 
