@@ -403,11 +403,11 @@ def test_chains_of_segments_change_no_bit() -> None:
     assert (plain.double() - case.attention(torch.float64)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [5, 2, 6, 0, 4, 1, 3]], ids=["in order", "shuffled"])
-def test_shared_parts_of_unfinished_segments_change_no_bit(order: list[int]) -> None:
+def test_shared_parts_of_unfinished_segments_change_no_bit() -> None:
     """Rows go on from sums over what they hold in the same pages, whoever their neighbours are."""
     cache = Cache(4, kv_heads=1)
     kids = fork(cache, tokens_of(74, 0), [1, 3, 6, 2], 10) + fork(cache, tokens_of(38, 1), [1, 5, 9], 20)
+    order = [5, 2, 6, 0, 4, 1, 3]
     kids = [kids[i] for i in order]
     case = Case(cache, kids, [1] * 7, heads=2, segment=48, unit_rows=8, softcap=20.0, sinks=torch.tensor([0.5, -1.0]))
     shared = dataclasses.replace(case, resume_tokens=8, chain_programs=1)
