@@ -12,10 +12,10 @@ constexpr std::int32_t kUnitRows = 8;       // a unit of fewer rows fills too li
 constexpr std::int32_t kShortUnit = 2048;   // positions that one program always reads fast enough
 constexpr std::int32_t kPrograms = 16;      // that a GPU runs at once for each kv head, about
 constexpr std::int32_t kTailTokens = 1024;  // a longer last segment is an item
-// tiles that a shared part of unfinished segments must save, added up over its rows: an item takes as long as three
+// tiles that a shared part of unfinished segments must save, added up over its rows: an item takes as long as five
 // tiles before it multiplies (docs/log.md, 2026-11-28), and every row reads its sums
 constexpr std::int64_t kWorthSharing = 8;
-constexpr std::int64_t kItemTokens = 192;  // time that an item takes besides its tiles, in tokens
+constexpr std::int64_t kItemTokens = 320;  // time that an item takes besides its tiles, in tokens
 
 // Returns the positions of a unit's rows and of all before them that they read.
 std::int64_t length_of(const UnitRecord& unit) {

@@ -137,18 +137,18 @@ def read_segments(table: SegmentTable, records: _core.DeviceRecords) -> set[tupl
 
 
 def busiest(records: _core.DeviceRecords, programs: int) -> int:
-    """Return the time of the program of a kv head that works longest, in tiles of 64 tokens; an item begins with 3."""
+    """Return the time of the program of a kv head that works longest, in tiles of 64 tokens; an item begins with 5."""
     time = [0] * programs
     for i, high in enumerate(records.items[:, 1].tolist()):
         turn, place = divmod(i, programs)
-        time[programs - 1 - place if turn % 2 else place] += 3 + high // 64
+        time[programs - 1 - place if turn % 2 else place] += 5 + high // 64
     return max(time)
 
 
 @pytest.mark.parametrize(
     ("rows", "prefix", "segment", "before", "after"),
-    [(64, 4096, 512, 16, 11), (64, 16384, 512, 49, 35), (64, 16384, 1024, 43, 35), (256, 4096, 512, 49, 35),
-     (8, 4096, 512, 11, 11), (64, 512, 512, 7, 7), (8, 4096, 256, 10, 7), (512, 1024, 512, 28, 19)],
+    [(64, 4096, 512, 20, 13), (64, 16384, 512, 59, 37), (64, 16384, 1024, 49, 37), (256, 4096, 512, 59, 37),
+     (8, 4096, 512, 13, 13), (64, 512, 512, 9, 9), (8, 4096, 256, 14, 9), (512, 1024, 512, 36, 21)],
 )  # fmt: skip
 def test_chains_read_the_same_segments_and_keep_programs_equally_busy(
     rows: int, prefix: int, segment: int, before: int, after: int
