@@ -20,13 +20,11 @@ Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.device_table import DeviceTable
+from genssd.kernels.device_table import DeviceTable, TableOptions
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import runs_natively
 from genssd.kernels.packed_keys import numbers_per_cell, unpack_keys
@@ -50,15 +48,6 @@ QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 128}
 """Largest number of query vectors (rows times query heads per kv head) that read a segment together, by device type."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableOptions:
-    """What the segment tables of a model are made with; see `build_segment_table`."""
-
-    segment: int
-    chain_programs: int = 0
-    resume_tokens: int = 0
-
-
 def choose_table_options(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> TableOptions:
     """Return what segment tables are made with on a device: what was tuned for it, else what ships.
 
@@ -66,9 +55,10 @@ def choose_table_options(device: torch.device, dtype: torch.dtype, shape: tuple[
     """
     if device.type == "cuda" and dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels import attention_launch_triton
+        from genssd.kernels.attention_launch_triton import choose_configuration
 
-        return attention_launch_triton.choose_table_options(device, dtype, shape)
+        configuration = choose_configuration(device, dtype, shape, SEGMENT_TOKENS["cuda"])
+        return configuration.table_options(torch.cuda.get_device_properties(device).multi_processor_count, shape[1])
     return TableOptions(segment=SEGMENT_TOKENS[device.type])
 
 

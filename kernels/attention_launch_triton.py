@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd.kernels import tune_file, tuned
-from genssd.kernels.attention import SEGMENT_TOKENS, TableOptions
+from genssd.kernels.device_table import TableOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class AttentionTiles:
 class AttentionConfiguration:
     """Launch configuration for any device of one kind, as a tune file keeps it; bits of results depend on it.
 
-    segment: tokens of a segment (see `attention.TableOptions`).
+    segment: tokens of a segment (see `device_table.TableOptions`).
     """
 
     tiles: AttentionTiles
@@ -153,12 +153,6 @@ def choose_configuration(
         dtype, shape[2], amd=torch.version.hip is not None, capability=10 * properties.major + properties.minor
     )
     return AttentionConfiguration(tiles=tiles, segment=segment)
-
-
-def choose_table_options(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> TableOptions:
-    """Return what segment tables are made with on a CUDA device. shape: query heads, kv heads and head dim."""
-    configuration = choose_configuration(device, dtype, shape, SEGMENT_TOKENS["cuda"])
-    return configuration.table_options(torch.cuda.get_device_properties(device).multi_processor_count, shape[1])
 
 
 def choose_launch(q_NHE: Tensor, kv_heads: int) -> AttentionLaunch:

@@ -43,6 +43,15 @@ ALIGNMENT = 4  # int32 entries of 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableOptions:
+    """What the segment tables of a model are made with; see `attention.build_segment_table`."""
+
+    segment: int
+    chain_programs: int = 0
+    resume_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     """Sizes that the parts of a buffer have room for.
 
