@@ -8,7 +8,8 @@
 namespace genssd {
 
 SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, std::int64_t page_size,
-                            std::int64_t segment, std::int64_t window, std::int64_t unit_rows) {
+                            std::int64_t segment, std::int64_t window, std::int64_t unit_rows,
+                            std::int64_t chain_programs, std::int64_t resume_tokens) {
   const Arguments args("segment_table");
   args.shape(tables, "tables", {-1, -1});
   args.dtype<std::int32_t>(tables, "tables", "int32");
@@ -21,7 +22,7 @@ SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, 
                             .first = args.integers<std::int32_t>(first, "first", count),
                             .rows = args.integers<std::int32_t>(rows, "rows", count),
                             .count = count};
-  return new SegmentTable(sequences, page_size, segment, window, unit_rows);
+  return new SegmentTable(sequences, page_size, segment, window, unit_rows, chain_programs, resume_tokens);
 }
 
 void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& table, Array out, float scale,

@@ -54,6 +54,9 @@ void bind_device_records(nb::module_& m) {
       .def_prop_ro(
           "rows", [](const Records& r) { return as_matrix(r.rows); }, internal, ARRAY("rows"),
           "int32 [rows, 8]: the partial results of every row, and its last segment where it alone reads that.")
+      .def_prop_ro(
+          "pages", [](const Records& r) { return as_vector(r.pages); }, internal, ARRAY("pages"),
+          "int32: the pages of the segment table, then copies for chains whose pages do not follow each other there.")
       .def_ro("num_partials", &Records::num_partials, INT("num_partials"),
               "Number of partial results that are stored.")
       .def_ro("largest_item", &Records::largest_item, INT("largest_item"), "Largest number of rows of an item.")
@@ -74,6 +77,10 @@ void bind_segment_table(nb::module_& m) {
       .def_prop_ro("shortest", &Table::shortest, INT("shortest"), "Number of positions of the first segment.")
       .def_ro("window", &Table::window, INT("window"),
               "Maximum number of positions that a row sees, its own included; 0: all.")
+      .def_ro("chain_programs", &Table::chain_programs, INT("chain_programs"),
+              "Number of programs of a kv head over which chains of segments are balanced; 0: no chains.")
+      .def_ro("resume_tokens", &Table::resume_tokens, INT("resume_tokens"),
+              "Number of tokens of which the shared part of an unfinished segment is a multiple; 0: none is shared.")
       .def_ro("largest_page", &Table::largest_page, INT("largest_page"),
               "Largest page that any row reads; -1 where there is no row.")
       .def_prop_ro(
@@ -100,9 +107,10 @@ void bind_segment_table(nb::module_& m) {
   m.def(
       "segment_table", &segment_table, nb::rv_policy::take_ownership, nb::arg("tables"), nb::arg("table"),
       nb::arg("first"), nb::arg("rows"), nb::arg("page_size"), nb::arg("segment"), nb::arg("window"),
-      nb::arg("unit_rows"),
+      nb::arg("unit_rows"), nb::arg("chain_programs") = 0, nb::arg("resume_tokens") = 0,
       nb::sig("def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor, rows: torch.Tensor, "
-              "page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable"),
+              "page_size: int, segment: int, window: int, unit_rows: int, chain_programs: int = 0, "
+              "resume_tokens: int = 0) -> SegmentTable"),
       "Build the segment table of a batch: sequence i has the pages tables[table[i]], and rows[i] query rows at the "
       "positions first[i], first[i] + 1, ...; a unit has at most unit_rows rows.");
 }

@@ -8,7 +8,9 @@
 
 namespace genssd {
 
-// An item whose partial results are stored. Tokens are counted from the first token of its segment.
+// An item whose partial results are stored: a segment, or a chain of segments that follow each other, which the same
+// rows read completely. Tokens are counted from the first token of its first segment; a row's partial results of a
+// chain lie in consecutive slots.
 struct ItemRecord {
   std::int32_t page_index;
   std::int32_t high;  // number of tokens up to the last that a row sees
@@ -17,12 +19,12 @@ struct ItemRecord {
   std::int32_t full_high;  // number of tokens up to the last that every row sees
   std::int32_t low;        // first token that a row sees
   std::int32_t full_low;   // first token that every row sees
-  std::int32_t unused = 0;
+  std::int32_t start;      // position of its first token; -1: a shared part, whose sums the rows go on from
 };
 
 struct EntryRecord {
   std::int32_t row;
-  std::int32_t partial;  // slot of the row's partial result
+  std::int32_t partial;  // slot of the row's (first) partial result
   std::int32_t last;     // last token of the item that the row sees
   std::int32_t unused = 0;
 };
@@ -44,7 +46,10 @@ struct RowRecord {
   std::int32_t page_index = 0;
   std::int32_t high = 0;  // number of tokens of the last segment that the row sees; 0: it is an item, or none
   std::int32_t low = 0;   // first token of the last segment that the row sees
-  std::int32_t unused[3] = {};
+  // number of tokens of the last segment whose sums are in the slot after the row's partial results: what other rows
+  // hold in the same pages, computed once
+  std::int32_t resumed = 0;
+  std::int32_t unused[2] = {};
 };
 
 class DeviceRecords {
@@ -55,6 +60,7 @@ class DeviceRecords {
   std::vector<EntryRecord> entries;
   std::vector<UnitRecord> units;  // the longest first
   std::vector<RowRecord> rows;
+  std::vector<std::int32_t> pages;  // those of the segment table, then copies for chains
   std::int64_t num_partials = 0;
   std::int32_t largest_item = 0;  // number of rows
   std::int32_t largest_unit = 0;  // number of rows
@@ -63,9 +69,22 @@ class DeviceRecords {
  private:
   void add_units(const SegmentTable& table);
   void add_rows(const SegmentTable& table);
+  void share_ends(const SegmentTable& table);
+  void number_partials();
   void add_items(const SegmentTable& table);
+  void add_chains(const SegmentTable& table);
+  void append_pages(const SegmentTable& table, ItemRecord& chain, const ItemRecord& item);
+  void add_shared_ends();
+  void order_items();
   bool in_unit(const SegmentTable& table, const Item& item) const;
   static bool is_tail(const SegmentTable& table, const Item& item);
+
+  // Rows whose unfinished segments begin with the same pages.
+  struct SharedEnd {
+    std::int32_t page_index, tokens;
+    std::vector<std::int32_t> rows;
+  };
+  std::vector<SharedEnd> shared_ends_;
 };
 
 }  // namespace genssd

@@ -43,7 +43,8 @@ void copy_pages(Array kv, Array source, Array destination, int threads);
 
 // attention_operators.cpp
 SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, std::int64_t page_size,
-                            std::int64_t segment, std::int64_t window, std::int64_t unit_rows);
+                            std::int64_t segment, std::int64_t window, std::int64_t unit_rows,
+                            std::int64_t chain_programs, std::int64_t resume_tokens);
 void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& table, Array out, float scale,
                      float softcap, MaybeArray sinks, int threads);
 

@@ -17,11 +17,13 @@ constexpr std::int64_t kShortest = 128;  // a shorter segment is not worth a par
 }  // namespace
 
 SegmentTable::SegmentTable(const Sequences& s, std::int64_t page_size, std::int64_t segment, std::int64_t window,
-                           std::int64_t unit_rows)
+                           std::int64_t unit_rows, std::int64_t chain_programs, std::int64_t resume_tokens)
     : page_size(page_size),
       segment(segment),
       window(std::min<std::int64_t>(window, INT32_MAX)),
       unit_rows(unit_rows),
+      chain_programs(chain_programs),
+      resume_tokens(resume_tokens),
       shortest_(segment) {
   check(s);
   for (; shortest_ % 2 == 0 && shortest_ / 2 >= kShortest && shortest_ / 2 % page_size == 0; shortest_ /= 2)
@@ -48,6 +50,7 @@ void SegmentTable::check(const Sequences& s) const {
     fail("segment must be a positive multiple of page_size");
   if (segment > INT32_MAX) fail("segment must be less than 2^31");
   if (window < 0 || unit_rows < 1) fail("window must not be negative and unit_rows positive");
+  if (chain_programs < 0 || resume_tokens < 0) fail("chain_programs and resume_tokens must not be negative");
   for (std::int64_t i = 0; i < s.count; ++i) {
     if (s.table[i] < 0 || s.table[i] >= s.num_tables) fail("sequence " + std::to_string(i) + " names no page table");
     if (s.first[i] < 0 || s.rows[i] < 1) fail("sequence " + std::to_string(i) + " has no row");

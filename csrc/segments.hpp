@@ -1,6 +1,7 @@
 // The segment table: the segments of the KV cache that each row of a batch reads, and where its partial results go.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -38,7 +39,7 @@ struct UnitRows {
 class SegmentTable {
  public:
   SegmentTable(const Sequences& s, std::int64_t page_size, std::int64_t segment, std::int64_t window,
-               std::int64_t unit_rows);
+               std::int64_t unit_rows, std::int64_t chain_programs = 0, std::int64_t resume_tokens = 0);
 
   std::int64_t num_rows() const { return static_cast<std::int64_t>(position.size()); }
   std::int64_t num_units() const { return static_cast<std::int64_t>(unit_item.size()) - 1; }
@@ -47,6 +48,9 @@ class SegmentTable {
   std::int64_t segment;    // positions of a segment, except for the shorter ones before the first multiple
   std::int64_t window;     // maximum number of positions that a row sees, its own included; 0: all
   std::int64_t unit_rows;  // maximum number of rows of a unit
+  // for DeviceRecords: programs of a kv head over which chains of segments are balanced, and tokens of which the
+  // shared part of an unfinished segment is a multiple; 0: no chains, no shared parts
+  std::int64_t chain_programs, resume_tokens;
   std::int32_t largest_page = -1;
   std::vector<Item> items;
   std::vector<Entry> entries;
@@ -59,6 +63,9 @@ class SegmentTable {
 
   // Returns the length of the first segment.
   std::int64_t shortest() const { return shortest_; }
+
+  // Returns the length of the segment that begins at a position.
+  std::int64_t length_at(std::int64_t start) const { return std::min(std::max(start, shortest_), segment); }
 
  private:
   // Consecutive rows of one sequence.

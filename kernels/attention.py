@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.device_table import DeviceTable
+from genssd.kernels.device_table import DeviceTable, TableOptions
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import runs_natively
 from genssd.kernels.packed_keys import numbers_per_cell, unpack_keys
@@ -48,18 +48,18 @@ QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 128}
 """Largest number of query vectors (rows times query heads per kv head) that read a segment together, by device type."""
 
 
-def choose_segment(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> int:
-    """Return how many tokens a segment has on a device: what was tuned for it, else SEGMENT_TOKENS.
+def choose_table_options(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> TableOptions:
+    """Return what segment tables are made with on a device: what was tuned for it, else what ships.
 
     shape: query heads, kv heads and head dim.
     """
     if device.type == "cuda" and dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels.attention_launch_triton import find_tuned
+        from genssd.kernels.attention_launch_triton import choose_configuration
 
-        if (configuration := find_tuned(device, dtype, shape)) is not None:
-            return configuration.segment
-    return SEGMENT_TOKENS[device.type]
+        configuration = choose_configuration(device, dtype, shape, SEGMENT_TOKENS["cuda"])
+        return configuration.table_options(torch.cuda.get_device_properties(device).multi_processor_count, shape[1])
+    return TableOptions(segment=SEGMENT_TOKENS[device.type])
 
 
 def build_segment_table(
@@ -72,6 +72,8 @@ def build_segment_table(
     segment: int,
     window: int = 0,
     unit_rows: int = 64,
+    chain_programs: int = 0,
+    resume_tokens: int = 0,
 ) -> SegmentTable:
     """Build the segment table of a batch of sequences, whose rows are numbered sequence by sequence.
 
@@ -81,10 +83,15 @@ def build_segment_table(
     to the last row's position must be in the cache when the table is used. segment: tokens of a segment. window: the
     largest number of positions that a row sees, its own included; 0 means all. unit_rows: the largest number of rows of
     a unit, which is a set of rows that are computed together. Sequences that share pages may have any order in the
-    batch. Raises ValueError on a sequence whose pages are not in its table, and unless segment is a multiple of
-    page_size.
+    batch. The last two are read where the table is copied to a GPU, and change no bit of a result. chain_programs: how
+    many programs of a kv head run at once, over which chains of segments are balanced; 0 makes no chains.
+    resume_tokens: what rows hold in the same pages of their unfinished segments is read once, rounded down to a
+    multiple of so many tokens; 0 means by every row. Raises ValueError on a sequence whose pages are not in its table,
+    on a negative number, and unless segment is a multiple of page_size.
     """
-    return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
+    return _core.segment_table(
+        tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows, chain_programs, resume_tokens
+    )
 
 
 def paged_attention(

@@ -11,12 +11,16 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from genssd.kernels.attention_sums_triton import (
+    add_chain,
     add_segment,
     add_segments,
+    add_tokens,
+    empty_state,
     initial_state,
     load_partial,
     merge,
     scale_peak,
+    store_partial,
 )
 
 
@@ -29,41 +33,82 @@ def item_kernel(
     G, strips, stride_n, stride_h, stride_page, stride_slot, stride_group, window, inner, factor,
     S: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr,
-    MASKED_TMA: tl.constexpr,
-    OVERLAP: tl.constexpr, INTERPRET: tl.constexpr, ITEM: tl.constexpr, ENTRY: tl.constexpr,
+    MASKED_TMA: tl.constexpr, CHAINED: tl.constexpr, RESUMED: tl.constexpr, SEGMENT: tl.constexpr,
+    SHORTEST: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr, ITEM: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """Compute the partial results of every item. strips: largest number of tiles that an item's query vectors fill."""
+    """Compute the partial results of every item. strips: largest number of tiles that an item's query vectors fill.
+
+    CHAINED: whether an item can be several segments. RESUMED: whether an item can be a shared part of unfinished
+    segments, whose sums finish_kernel goes on from.
+    """
     if OVERLAP:
         gdc_launch_dependents()
     H = G * GROUP
     m, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
-    for task in range(tl.program_id(0), tl.load(header) * G * strips, tl.num_programs(0)):
+    programs, tasks = tl.num_programs(0), tl.load(header) * G * strips
+    end = tasks
+    if CHAINED:  # every program makes as many turns, so that they can change their order
+        end = (tasks + programs - 1) // programs * programs
+    for index in range(tl.program_id(0), end, programs):
+        task = index
+        if CHAINED:  # the longest items come first: who had the longest of a turn has the shortest of the next
+            turn = index // programs
+            task = tl.where(turn % 2 == 0, index, (2 * turn + 1) * programs - 1 - index)
+            exists = task < tasks
+            task = tl.minimum(task, tasks - 1)
         item = items + task // (G * strips) * ITEM
         kv_head, strip = task % G, task // G % strips
         item_pages, high = pages + tl.load(item), tl.load(item + 1)
         entry_index, vectors = tl.load(item + 2), tl.load(item + 3) * GROUP
         full_high, low, full_low = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
-        if strip * BLOCK_M < vectors:
+        fills = strip * BLOCK_M < vectors
+        if CHAINED:
+            fills = fills & exists
+        if fills:
             vector = strip * BLOCK_M + m
             valid = vector < vectors
-            entry = entries + ENTRY * (entry_index + vector // GROUP)
+            first_entry = entries + ENTRY * entry_index
+            entry = first_entry + ENTRY * (vector // GROUP)
             row = tl.load(entry, mask=valid, other=0)
-            slot = tl.load(entry + 1, mask=valid, other=0)
             last = tl.load(entry + 2, mask=valid, other=-1)
             before = last - window
             head = kv_head * GROUP + vector % GROUP
             of_q = valid[:, None] if E == BLOCK_E else valid[:, None] & (e[None, :] < E)
             at_q = row.to(tl.int64)[:, None] * stride_n + head[:, None] * stride_h + e[None, :]
             q_ME = tl.load(q + at_q, mask=of_q, other=0.0)
-            peak, total, sums_ME = add_segment(
-                q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages, low, full_low, full_high, high,
-                before, tl.minimum(last, high - 1), kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
-                S, E, BLOCK_M, BLOCK_T, BLOCK_E, WINDOW, SOFTCAP, FUSED, TMA, MASKED_TMA, INTERPRET,
+            unit_of_peak, done = factor, 0
+            if RESUMED:
+                unit_of_peak = tl.where(tl.load(item + 7) < 0, 1.0, factor)
+            peak, total, sums_ME = empty_state(BLOCK_M, BLOCK_E)
+            if CHAINED:
+                position = tl.load(item + 7)
+                boundary = tl.minimum(tl.maximum(position, SHORTEST), SEGMENT)
+                if RESUMED:
+                    boundary = tl.where(position < 0, high, boundary)
+                stop = full_high // BLOCK_T * BLOCK_T
+                peak, total, sums_ME, done = add_chain(
+                    peak, total, sums_ME, boundary, peaks, totals, values, first_entry, strip, vectors, H,
+                    q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages, stop, high, position,
+                    kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
+                    S, E, BLOCK_M, BLOCK_T, BLOCK_E, GROUP, ENTRY, SEGMENT, SOFTCAP, FUSED, TMA, INTERPRET,
+                )  # fmt: skip
+                peak, total, sums_ME = add_tokens(
+                    peak, total, sums_ME, q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages,
+                    stop, high, low, high, before, tl.minimum(last, high - 1),
+                    kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
+                    S, E, BLOCK_M, BLOCK_T, BLOCK_E, True, WINDOW, SOFTCAP, FUSED, MASKED_TMA, INTERPRET,
+                )  # fmt: skip
+            else:
+                peak, total, sums_ME = add_segment(
+                    peak, total, sums_ME, q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages,
+                    0, low, full_low, full_high, high, before, tl.minimum(last, high - 1),
+                    kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
+                    S, E, BLOCK_M, BLOCK_T, BLOCK_E, WINDOW, SOFTCAP, FUSED, TMA, MASKED_TMA, INTERPRET,
+                )  # fmt: skip
+            store_partial(
+                peaks, totals, values, first_entry, kv_head, vector, vectors, done, H,
+                scale_peak(peak, unit_of_peak), total, sums_ME, E, BLOCK_E, GROUP, ENTRY,
             )  # fmt: skip
-            partial = slot.to(tl.int64) * H + head
-            tl.store(peaks + partial, peak, mask=valid)
-            tl.store(totals + partial, total, mask=valid)
-            tl.store(values + partial[:, None] * E + e[None, :], sums_ME, mask=of_q)
 
 
 @triton.jit
@@ -74,11 +119,14 @@ def finish_kernel(
     G, stride_n, stride_h, stride_page, stride_slot, stride_group, window, inner, factor,
     S: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr,
-    MASKED_TMA: tl.constexpr,
+    MASKED_TMA: tl.constexpr, RESUMED: tl.constexpr,
     OVERLAP: tl.constexpr, INTERPRET: tl.constexpr, SINKS: tl.constexpr, ROW: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the last segment of a row for HEADS heads, merge it with the partial results, and write the output."""
+    """Compute the last segment of a row for HEADS heads, merge it with the partial results, and write the output.
+
+    RESUMED: whether the sums over a shared part of the last segment can be in the slot after the row's partial results.
+    """
     H = G * GROUP
     m, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
     STRIPS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -98,11 +146,24 @@ def finish_kernel(
         )
         q_ME = tl.load(q + at_q, mask=of_q, other=0.0)
         last = tl.full([BLOCK_M], 0, tl.int32) + (high - 1)
+        peak_M, total_M, sums_ME = empty_state(BLOCK_M, BLOCK_E)
+        begin = 0
+        if RESUMED:
+            begin = tl.load(record + 5)
+            if begin > 0:
+                if OVERLAP:
+                    gdc_wait()
+                peak_M, total_M, sums_ME = load_partial(
+                    peaks, totals, values, first + count, first + count + 1,
+                    kv_head * GROUP + first_head + m // SPREAD, is_head, of_q, H, E, BLOCK_E,
+                )  # fmt: skip
         peak_M, total_M, sums_ME = add_segment(
-            q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages, low, low, high, high, last - window, last,
+            peak_M, total_M, sums_ME, q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages,
+            begin, low, low, high, high, last - window, last,
             kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
             S, E, BLOCK_M, BLOCK_T, BLOCK_E, WINDOW, SOFTCAP, FUSED, TMA, MASKED_TMA, INTERPRET,
         )  # fmt: skip
+        peak_M = scale_peak(peak_M, factor)
         if SPREAD == 1:
             tail_peak, tail_total, tail_sums = peak_M, total_M, sums_ME
         else:
@@ -171,9 +232,7 @@ def unit_kernel(
             q_ME = tl.load(q + at_q, mask=of_q, other=0.0)
             peak, total, sums_ME = initial_state(sinks, head, valid, BLOCK_M, BLOCK_E, SINKS)
             if FLAT and not WINDOW:
-                other_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-                other_total = tl.zeros([BLOCK_M], tl.float32)
-                other_sums = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+                other_peak, other_total, other_sums = empty_state(BLOCK_M, BLOCK_E)
                 full = (first + 1) // BLOCK_T * BLOCK_T
                 boundary = SHORTEST
                 other_peak, other_total, other_sums, peak, total, sums_ME, boundary = add_segments(
@@ -203,14 +262,18 @@ def unit_kernel(
                             tl.maximum(end - window - segment, 0),
                         )
                     if low < high:
+                        other_peak, other_total, other_sums = empty_state(BLOCK_M, BLOCK_E)
                         other_peak, other_total, other_sums = add_segment(
-                            q_ME, k_tiles, v_tiles, k_pages, v_pages, unit_pages + (segment - start) // S,
+                            other_peak, other_total, other_sums, q_ME, k_tiles, v_tiles, k_pages, v_pages,
+                            unit_pages + (segment - start) // S, 0,
                             low, full_low, tl.maximum(tl.minimum(first + 1 - segment, high), 0), high,
                             position - segment - window, tl.minimum(position - segment, high - 1),
                             kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
                             S, E, BLOCK_M, BLOCK_T, BLOCK_E, WINDOW, SOFTCAP, FUSED, TMA, MASKED_TMA, INTERPRET,
                         )  # fmt: skip
-                        peak, total, sums_ME = merge(peak, total, sums_ME, other_peak, other_total, other_sums)
+                        peak, total, sums_ME = merge(
+                            peak, total, sums_ME, scale_peak(other_peak, factor), other_total, other_sums
+                        )
                     segment = stop
             merged = sums_ME / tl.where(total == 0.0, 1.0, total)[:, None]
             at_out = (row.to(tl.int64) * H + head)[:, None] * E + e[None, :]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd.kernels import tune_file, tuned
+from genssd.kernels.device_table import TableOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,9 @@ class AttentionTiles:
     overlap: whether the kernel over rows starts while that over items runs, which needs
     Hopper or later. fused: whether score and peak are subtracted in the rounding of the multiplication by the scale.
     flat: whether the tiles of all segments of a unit are in one loop, so that no load waits at the end of a segment.
+    chained: whether a program of the kernel over items reads several segments of the same rows, where that keeps the
+    programs equally busy. resumed: whether what rows hold in the same pages of their unfinished segments is computed
+    once, and every row goes on from there. Neither changes a bit of a result.
     """
 
     block_m: int
@@ -43,13 +47,15 @@ class AttentionTiles:
     overlap: bool = False
     fused: bool = True
     flat: bool = True
+    chained: bool = False
+    resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfiguration:
     """Launch configuration for any device of one kind, as a tune file keeps it; bits of results depend on it.
 
-    segment: tokens of a segment (see `attention.choose_segment`).
+    segment: tokens of a segment (see `device_table.TableOptions`).
     """
 
     tiles: AttentionTiles
@@ -59,6 +65,16 @@ class AttentionConfiguration:
     def from_values(values: tune_file.Configuration) -> AttentionConfiguration:
         """Build from the values of a tune file. Raises ValueError where they are not those of `values`."""
         return tuned.build_from(AttentionConfiguration, values, {"tiles": AttentionTiles})
+
+    def table_options(self, multiprocessors: int, kv_heads: int) -> TableOptions:
+        """Return what the segment tables of a model are made with."""
+        tiles = self.tiles
+        programs = max(1, tiles.per_sm * multiprocessors // kv_heads)
+        return TableOptions(
+            segment=self.segment,
+            chain_programs=programs if tiles.chained else 0,
+            resume_tokens=tiles.block_t if tiles.resumed else 0,
+        )
 
     def values(self) -> dict[str, int]:
         """Return the values of the tune file."""

@@ -57,6 +57,35 @@ def load_tile(
 
 
 @triton.jit
+def load_tiles(
+    k_tiles, v_tiles, k_pages, v_pages, item_pages, page, start, low, high, kv_head, G,
+    stride_page, stride_slot, stride_group,
+    S: tl.constexpr, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return the keys and the values of a tile of tokens, each [T, E]; see load_tile."""
+    # The compiler puts a barrier of all warps between the copy of the tile that is issued last and the first product
+    # that reads a tile of the same tensor. With the keys last it is at the top of the loop, where the warps have just
+    # waited for each other; with the values last, between the softmax and the second product, no group of warps could
+    # multiply while the other computes its softmax. Loads through registers are waited for one by one, and keys first.
+    if TMA:
+        v_TE = load_tile(
+            v_tiles, v_pages, item_pages, page, start, low, high, kv_head, G, stride_page, stride_slot, stride_group,
+            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        )  # fmt: skip
+    k_TE = load_tile(
+        k_tiles, k_pages, item_pages, page, start, low, high, kv_head, G, stride_page, stride_slot, stride_group,
+        S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+    )  # fmt: skip
+    if not TMA:
+        v_TE = load_tile(
+            v_tiles, v_pages, item_pages, page, start, low, high, kv_head, G, stride_page, stride_slot, stride_group,
+            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        )  # fmt: skip
+    return k_TE, v_TE
+
+
+@triton.jit
 def add_scores(
     peak, total, sums_ME, z, v_TE, visible, inner, factor,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, INTERPRET: tl.constexpr,
@@ -92,6 +121,23 @@ def scale_peak(peak, factor):
 
 
 @triton.jit
+def empty_state(BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return the partial results of no token."""
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    return peak, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+
+
+@triton.jit
+def start_again(peak, total, ends):
+    """Return peak and total of no token where a segment ends, else those given.
+
+    The sums are left as they are, and the next tile multiplies them by 0: if they were replaced, the compiler would
+    wait for every product instead of multiplying on.
+    """
+    return tl.where(ends, -float("inf"), peak), tl.where(ends, 0.0, total)
+
+
+@triton.jit
 def initial_state(sinks, head, valid, HEADS: tl.constexpr, BLOCK_E: tl.constexpr, SINKS: tl.constexpr):
     """Return the partial results of the sinks alone, or of nothing."""
     peak = tl.full([HEADS], -float("inf"), tl.float32)
@@ -111,6 +157,24 @@ def load_partial(
     total = tl.load(totals + at, mask=exists, other=0.0)
     entries = at[:, None] * E + tl.arange(0, BLOCK_E)[None, :]
     return peak, total, tl.load(values + entries, mask=valid_entries & exists[:, None], other=0.0)
+
+
+@triton.jit
+def store_partial(
+    peaks, totals, values, entry, kv_head, vector, vectors, done, H, peak, total, sums_ME,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, ENTRY: tl.constexpr,
+):  # fmt: skip
+    """Store a partial result of every vector, after `done` others.
+
+    entry: of the item's first row, in the table's entries. Slots are read here, so that no loop has to keep them.
+    """
+    e, valid = tl.arange(0, BLOCK_E), vector < vectors
+    slot = tl.load(entry + ENTRY * (vector // GROUP) + 1, mask=valid, other=0) + done
+    at = slot.to(tl.int64) * H + (kv_head * GROUP + vector % GROUP)
+    tl.store(peaks + at, peak, mask=valid)
+    tl.store(totals + at, total, mask=valid)
+    of_values = valid[:, None] if E == BLOCK_E else valid[:, None] & (e[None, :] < E)
+    tl.store(values + at[:, None] * E + e[None, :], sums_ME, mask=of_values)
 
 
 @triton.jit
@@ -140,13 +204,9 @@ def add_tokens(
     for tile in tl.range(start, stop, BLOCK_T):
         # read one step ahead, so that no address waits for it
         next_page = tl.load(item_pages + tl.minimum(tile + BLOCK_T, high - 1) // S)
-        k_TE = load_tile(
-            k_tiles, k_pages, item_pages, page, tile, low, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
-        )  # fmt: skip
-        v_TE = load_tile(
-            v_tiles, v_pages, item_pages, page, tile, low, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        k_TE, v_TE = load_tiles(
+            k_tiles, v_tiles, k_pages, v_pages, item_pages, page, tile, low, high, kv_head, G,
+            stride_page, stride_slot, stride_group, S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
         )  # fmt: skip
         token = tile + tl.arange(0, BLOCK_T)
         if MASKED and TMA:
@@ -178,13 +238,9 @@ def add_segments(
     page = tl.load(item_pages + tl.minimum(start, high - 1) // S)
     for tile in tl.range(start, stop, BLOCK_T):
         next_page = tl.load(item_pages + tl.minimum(tile + BLOCK_T, high - 1) // S)
-        k_TE = load_tile(
-            k_tiles, k_pages, item_pages, page, tile, 0, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
-        )  # fmt: skip
-        v_TE = load_tile(
-            v_tiles, v_pages, item_pages, page, tile, 0, high, kv_head, G, stride_page, stride_slot, stride_group,
-            S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
+        k_TE, v_TE = load_tiles(
+            k_tiles, v_tiles, k_pages, v_pages, item_pages, page, tile, 0, high, kv_head, G,
+            stride_page, stride_slot, stride_group, S, E, BLOCK_T, BLOCK_E, MASKED, TMA,
         )  # fmt: skip
         token = tile + tl.arange(0, BLOCK_T)
         if MASKED and TMA:
@@ -194,9 +250,7 @@ def add_segments(
             outer_peak, outer_total, outer_sums = merge(
                 outer_peak, outer_total, outer_sums, scale_peak(peak, factor), total, sums_ME
             )
-            peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            sums_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+            peak, total, sums_ME = empty_state(BLOCK_M, BLOCK_E)
             boundary += tl.minimum(boundary, SEGMENT)
         peak, total, sums_ME = add_scores(
             peak, total, sums_ME, z, v_TE, token[None, :] <= last[:, None], inner, factor,
@@ -207,21 +261,57 @@ def add_segments(
 
 
 @triton.jit
+def add_chain(
+    peak, total, sums_ME, boundary, peaks, totals, values, entry, strip, vectors, H,
+    q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages, stop, high, position,
+    kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
+    S: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr, ENTRY: tl.constexpr, SEGMENT: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr,
+    TMA: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles up to stop, all of which every vector sees, and store the partial results where a segment ends.
+
+    Tokens are counted from the first of the item, which has this position. boundary: token where its segment ends.
+    entry, strip, vectors: see item_kernel. The last value returned is how many partial results are stored.
+    """
+    page, done = tl.load(item_pages), tl.full((), 0, tl.int32)
+    for tile in tl.range(0, stop, BLOCK_T):
+        next_page = tl.load(item_pages + tl.minimum(tile + BLOCK_T, high - 1) // S)
+        k_TE, v_TE = load_tiles(
+            k_tiles, v_tiles, k_pages, v_pages, item_pages, page, tile, 0, high, kv_head, G,
+            stride_page, stride_slot, stride_group, S, E, BLOCK_T, BLOCK_E, False, TMA,
+        )  # fmt: skip
+        z = accumulate_product(q_ME, tl.trans(k_TE), tl.zeros([BLOCK_M, BLOCK_T], tl.float32), INTERPRET)
+        ends = tile == boundary
+        if ends:
+            store_partial(
+                peaks, totals, values, entry, kv_head, strip * BLOCK_M + tl.arange(0, BLOCK_M), vectors, done, H,
+                scale_peak(peak, factor), total, sums_ME, E, BLOCK_E, GROUP, ENTRY,
+            )  # fmt: skip
+            boundary += tl.minimum(position + boundary, SEGMENT)
+            done += 1
+        peak, total = start_again(peak, total, ends)
+        peak, total, sums_ME = add_scores(
+            peak, total, sums_ME, z, v_TE, True, inner, factor, False, SOFTCAP, FUSED, INTERPRET
+        )
+        page = next_page
+    return peak, total, sums_ME, done
+
+
+@triton.jit
 def add_segment(
-    q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages, low, full_low, full_high, high,
+    peak, total, sums_ME, q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages, begin, low, full_low, full_high, high,
     before, last, kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
     S: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr, MASKED_TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Return the partial results of vectors over one segment.
+    """Add the tokens of one segment from `begin` on, the first of a tile, to the partial results of the vectors.
 
-    Some vector sees the tokens from low up to high, every vector those from full_low up to full_high.
+    Some vector sees the tokens from low up to high, every vector those from full_low up to full_high. With a WINDOW,
+    begin is 0. The peak is in units of z; see scale_peak.
     """
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sums_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    start, stop = 0, full_high // BLOCK_T * BLOCK_T
+    start, stop = begin, full_high // BLOCK_T * BLOCK_T
     if WINDOW:  # a loop of its own for the tiles that every vector sees would spill registers
         start, stop = low // BLOCK_T * BLOCK_T, 0
     else:
@@ -231,10 +321,9 @@ def add_segment(
             kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
             S, E, BLOCK_M, BLOCK_T, BLOCK_E, False, WINDOW, SOFTCAP, FUSED, TMA, INTERPRET,
         )  # fmt: skip
-    peak, total, sums_ME = add_tokens(
+    return add_tokens(
         peak, total, sums_ME, q_ME, k_tiles, v_tiles, k_pages, v_pages, item_pages,
         tl.maximum(start, stop), high, low, high, before, last,
         kv_head, G, stride_page, stride_slot, stride_group, inner, factor,
         S, E, BLOCK_M, BLOCK_T, BLOCK_E, True, WINDOW, SOFTCAP, FUSED, MASKED_TMA, INTERPRET,
     )  # fmt: skip
-    return scale_peak(peak, factor), total, sums_ME

@@ -123,6 +123,8 @@ def plan_calls(
     # see add_scores
     inner = 1.0 if softcap is None else 2 * scale * LOG2_E / softcap
     factor = (scale if softcap is None else softcap) * LOG2_E
+    _check_tiles(table, tiles.block_t)
+    resumed = table.resume_tokens > 0
     numbers = (*q_NHE.stride()[:2], *k_pages_PSGE.stride()[:3], table.window, inner, factor)
     shared: dict[str, Any] = {
         "S": table.page_size, "E": E, "GROUP": group, "BLOCK_T": tiles.block_t, "BLOCK_E": block_e,
@@ -157,6 +159,8 @@ def plan_calls(
                 arguments=(*sources, *parts, *partials, G, strips, *numbers),
                 options={
                     **shared, "BLOCK_M": tiles.block_m, "OVERLAP": tiles.overlap, "ITEM": ITEM, "ENTRY": ENTRY,
+                    "CHAINED": table.chained, "RESUMED": resumed, "SEGMENT": table.segment,
+                    "SHORTEST": table.shortest,
                     "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
                 },
             )
@@ -170,10 +174,20 @@ def plan_calls(
                 arguments=(*sources, table.rows, table.pages, *partials, sinks, out_NHE, G, *numbers),
                 options={
                     **shared, "MASKED_TMA": tma and tiles.tail_tma, "BLOCK_M": tiles.tail_m, "OVERLAP": overlap,
-                    "SINKS": sinks_H is not None, "ROW": ROW,
+                    "RESUMED": resumed, "SINKS": sinks_H is not None, "ROW": ROW,
                     "HEADS": heads, "num_warps": tiles.tail_warps, "num_stages": tiles.tail_stages,
                     **({"launch_pdl": True} if overlap else {}),
                 },
             )
         )  # fmt: skip
     return calls
+
+
+def _check_tiles(table: DeviceTable, block_t: int) -> None:
+    """Raise ValueError unless tiles of block_t tokens end where chained segments and shared parts do."""
+    for length in (table.shortest if table.chained else 0, table.resume_tokens):
+        if length % block_t:
+            raise ValueError(
+                f"paged_attention: tiles of {block_t} tokens do not end where the segment table has a boundary, after "
+                f"{length} tokens"
+            )

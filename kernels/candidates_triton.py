@@ -40,8 +40,9 @@ MOST_ROWS = 2048
 """Number of rows in the sample of the last class."""
 SAMPLES = ((16, 64), (128,), (256,), (MOST_ROWS,))
 """Numbers of rows that are timed, for each class."""
-ATTENTION_SAMPLES = ((64, 4096, 1), (8, 4096, 1), (1, 2048, 2048))
-"""(sequences, tokens of each, query rows of each): decoding after a shared prefix, and a prefill."""
+ATTENTION_SAMPLES = ((64, 4096, 1), (8, 4096, 1), (64, 16384, 1), (64, 4416, 1), (1, 2048, 2048))
+"""(sequences, tokens of each, query rows of each): decoding after a shared prefix, which ends with a segment or within
+one, and a prefill."""
 ROTATED_BYTES = 200 << 20
 """Size of all copies of a cache of keys and values that take turns, at most four in addition to the first."""
 OWN_TOKENS = 64
@@ -129,15 +130,27 @@ def attention_candidates(device: Device, dtype: torch.dtype, head_dim: int) -> l
     """Return the configurations of attention to time; the shipped one is the first."""
     shipped = choose_attention_tiles(dtype, head_dim, amd=device.amd, capability=device.capability)
     changes: list[dict[str, Any]] = [{}]
+    joined = {"chained": True, "resumed": True}
+    changes += [joined]
     if dtype != torch.float32 and not device.amd and head_dim <= 128:
-        changes += [{"num_stages": 2}, {"block_m": 64, "num_warps": 4}, {"unit_m": 64, "unit_warps": 4}]
+        changes += [
+            {"chained": True},
+            {"num_stages": 2},
+            {"block_m": 64, "num_warps": 4},
+            {"unit_m": 64, "unit_warps": 4},
+        ]
         if device.capability >= 90:
             changes += [{"num_stages": 4}, {"overlap": False}, {"masked_tma": True}, {"fused": False}]
-            changes += [{"tail_m": 16, "tail_warps": 1, "tail_stages": 2, "tail_tma": False}]
+            few = {"tail_m": 16, "tail_warps": 1, "tail_stages": 2, "tail_tma": False}
+            changes += [few, joined | few]
             changes += [{"tma": False, "window_tma": False, "tail_tma": False}]
     tiles = dict.fromkeys(dataclasses.replace(shipped, **change) for change in changes)
     segments = dict.fromkeys((SEGMENT_TOKENS["cuda"], 256, 1024))
-    return [AttentionConfiguration(tiles=tile, segment=segment) for tile in tiles for segment in segments]
+    choices = [AttentionConfiguration(tiles=tile, segment=segment) for tile in tiles for segment in segments]
+    if len(tiles) > 2:  # chains make up for the number of short segments, and long ones lengthen the rows' last ones
+        further = dataclasses.replace(shipped, **joined)
+        choices += [AttentionConfiguration(tiles=further, segment=segment) for segment in (128, 2048)]
+    return choices
 
 
 class HeadWorkload:
@@ -313,12 +326,14 @@ class AttentionWorkload:
         configuration = AttentionConfiguration.from_values(values)
         q, kv, pages = self._inputs(sample)
         H, G, E = self.problem.shape
+        options = configuration.table_options(self._device.multiprocessors, G)
         sequences, _, rows = ATTENTION_SAMPLES[sample]
         ones, S = torch.ones(sequences, dtype=torch.int32), self._page_size
         table = build_segment_table(
             pages, torch.arange(sequences, dtype=torch.int32), ones * (pages.shape[1] * S - rows), ones * rows,
-            page_size=S, segment=-(-configuration.segment // S) * S,
+            page_size=S, segment=-(-options.segment // S) * S,
             unit_rows=max(1, QUERY_VECTORS_PER_UNIT["cuda"] // (H // G)),
+            chain_programs=options.chain_programs, resume_tokens=options.resume_tokens,
         )  # fmt: skip
         on_device = DeviceTable.upload(table, q.device)
         launch = make_attention_launch(configuration, q.device)

@@ -5,12 +5,17 @@
 header      number of items, number of units
 items       items whose partial results are stored, the longest first: page index, number of tokens up to the last that
             some row sees (high), index of the first entry, number of entries, number of tokens up to the last that
-            every row sees (full_high), first token that some row sees (low) and that every row sees (full_low)
-entries     of the items: row, slot of its partial result, last token of the item that it sees
+            every row sees (full_high), first token that some row sees (low) and that every row sees (full_low),
+            position of its first token (-1: a shared part of unfinished segments). An item is a segment, a shared part,
+            or a chain: segments that follow each other, and that the same rows read completely
+entries     of the items: row, slot of its first partial result (those of a chain follow it), last token of the item
+            that it sees
 units       units whose rows are consecutive rows of one sequence, the longest first: page index, position of the first
             token of the first page, first row, its position, number of rows
 rows        every row: its first partial result, how many it has (-1: a unit computes the row), and its last segment
-            where no other row reads it: page index, tokens (0: it is an item), first token that the row sees
+            where no other row reads all of it: page index, tokens (0: it is an item), first token that the row sees,
+            number of tokens of the shared part that it begins with, whose sums are in the slot after the row's partial
+            results
 pages       page numbers
 position    position of every row
 
@@ -35,6 +40,15 @@ from genssd import _core
 
 HEADER, ITEM, ENTRY, UNIT, ROW = 4, 8, 4, 8, 8  # int32 entries of the header and of a record of each part
 ALIGNMENT = 4  # int32 entries of 16 bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableOptions:
+    """What the segment tables of a model are made with; see `attention.build_segment_table`."""
+
+    segment: int
+    chain_programs: int = 0
+    resume_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +77,7 @@ class Capacity:
             items=len(records.items),
             entries=len(records.entries),
             units=len(records.units),
-            pages=len(table.pages),
+            pages=len(records.pages),
             rows=table.num_rows,
             partials=records.num_partials,
             item_rows=records.largest_item,
@@ -127,6 +141,10 @@ class DeviceTable:
     """Tokens of a segment, except for the shorter ones before the first multiple."""
     shortest: int
     """Tokens of the first segment."""
+    chained: bool
+    """Whether an item can be several segments."""
+    resume_tokens: int
+    """Tokens of which the shared part of unfinished segments is a multiple; 0: none is shared."""
     largest_page: int
     """Largest page number of the table that it was made for."""
 
@@ -148,6 +166,8 @@ class DeviceTable:
             window=table.window,
             segment=table.segment,
             shortest=table.shortest,
+            chained=table.chain_programs > 0 and table.window == 0,
+            resume_tokens=0 if table.window else table.resume_tokens,
             largest_page=table.largest_page,
         )
 
@@ -194,7 +214,7 @@ def write_table(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.
     assert capacity.covers(Capacity.required_by(table)), "the table outgrew its buffer"
     records, offsets, rows = _core.DeviceRecords(table), capacity.offsets, table.num_rows
     into[:HEADER] = (len(records.items), len(records.units), 0, 0)
-    parts = (records.items, records.entries, records.units, records.rows, table.pages, table.position)
+    parts = (records.items, records.entries, records.units, records.rows, records.pages, table.position)
     for start, part in zip(offsets[1:], parts, strict=False):
         into[start : start + part.size] = part.reshape(-1)
     into[offsets[4] + ROW * rows : offsets[4] + ROW * capacity.rows] = 0

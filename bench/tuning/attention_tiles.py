@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.attention import SegmentTable, build_segment_table
-from genssd.kernels.attention_launch_triton import AttentionLaunch, AttentionTiles, choose_tiles
+from genssd.kernels.attention_launch_triton import AttentionConfiguration, AttentionLaunch, AttentionTiles, choose_tiles
 from genssd.kernels.attention_triton import KernelCall, attend_rows, plan_calls
 from genssd.kernels.device_table import DeviceTable
 
 HEADS, KV_HEADS, WIDTH, OWN = 32, 8, 128, 64
 SCALE = WIDTH**-0.5
-DECODING = [(64, 4096), (64, 16384), (8, 4096), (256, 4096), (64, 512), (512, 1024)]
-"""(branches, tokens of the prefix); every branch has OWN tokens after it and one query."""
+DECODING = [(64, 4096), (64, 16384), (8, 4096), (256, 4096), (64, 512), (512, 1024), (64, 4416), (8, 4416)]
+"""(branches, tokens of the prefix); every branch has OWN tokens after it and one query. The last prefixes end within a
+segment."""
 EXTENDING = [(1, 0, 2048), (1, 0, 8192), (64, 4096, 64)]
 """(sequences, tokens of the shared prefix, query rows of each sequence)."""
 ROTATED_BYTES = 400 << 20
@@ -62,6 +63,7 @@ def variant(name: str, *, segment: int = 512, page: int = 64, boxes: bool = True
 
 NARROW = {"block_m": 64, "num_warps": 4, "num_stages": 2, "per_sm": 2}
 FEW = {"tail_m": 16, "tail_warps": 1, "tail_stages": 2, "tail_tma": False}
+JOINED = {"chained": True, "resumed": True}
 DECODE_VARIANTS = [
     variant("base"),
     variant("no overlap", overlap=False),
@@ -75,6 +77,11 @@ DECODE_VARIANTS = [
     variant("pointers", tma=False),
     variant("masked tma", masked_tma=True),
     variant("not fused", fused=False),
+    variant("chained", chained=True),
+    variant("joined", **JOINED),
+    variant("joined, tail 16", **JOINED, **FEW),
+    variant("joined, segment 256", segment=256, **JOINED),
+    variant("joined, segment 1024", segment=1024, **JOINED),
 ]
 EXTEND_VARIANTS = [
     variant("base"),
@@ -117,12 +124,12 @@ class Problem:
         shared = self.prefix // self.page
         return torch.cat((order[:shared].expand(self.sequences, -1), order[shared:].view(self.sequences, -1)), 1)
 
-    def table(self, segment: int, unit_rows: int, pages: Tensor | None = None) -> SegmentTable:
+    def table(self, segment: int, unit_rows: int, pages: Tensor | None = None, **joined: int) -> SegmentTable:
         one = torch.ones(self.sequences, dtype=torch.int32)
         return build_segment_table(
             self.pages() if pages is None else pages, torch.arange(self.sequences, dtype=torch.int32),
             one * (self.prefix + self.own - self.rows), one * self.rows, page_size=self.page, segment=segment,
-            unit_rows=unit_rows,
+            unit_rows=unit_rows, **joined,
         )  # fmt: skip
 
     def cache(self, seed: int) -> Tensor:
@@ -158,7 +165,9 @@ class Call:
     def __init__(self, problem: Problem, chosen: Variant, caches: list[Tensor]) -> None:
         count = torch.cuda.get_device_properties("cuda").multi_processor_count
         self.launch = AttentionLaunch(multiprocessors=count, tiles=chosen.tiles)
-        table = problem.table(chosen.segment, unit_rows(chosen.tiles, problem.rows))
+        options = AttentionConfiguration(tiles=chosen.tiles, segment=chosen.segment).table_options(count, KV_HEADS)
+        self.joined = {"chain_programs": options.chain_programs, "resume_tokens": options.resume_tokens}
+        table = problem.table(chosen.segment, unit_rows(chosen.tiles, problem.rows), **self.joined)
         self.table = DeviceTable.upload(table, torch.device("cuda"))
         self.caches, self.q = caches, problem.queries(7)
 
@@ -240,6 +249,7 @@ def check_bits(chosen: Variant) -> dict[str, Any]:
     one = torch.ones(1, dtype=torch.int32)
     rows = [0, 11, count - 1]
     settings = {"page_size": chosen.page, "segment": chosen.segment, "unit_rows": unit_rows(chosen.tiles, 1)}
+    settings |= call.joined
     alone = [
         compute(build_segment_table(pages, one * i, one * (prefix + own - 1), one, **settings), call.q[i : i + 1], kv)
         for i in rows
@@ -249,7 +259,8 @@ def check_bits(chosen: Variant) -> dict[str, Any]:
     gathered = separate[:, pages.flatten().to(kv.device).long()]
     gathered = gathered.transpose(2, 3).contiguous().transpose(2, 3) if chosen.boxes else gathered
     private = torch.arange(pages.numel(), dtype=torch.int32).view_as(pages)
-    checks["private"] = torch.equal(compute(together.table(chosen.segment, 32, private), call.q, gathered), out)
+    table = together.table(chosen.segment, 32, private, **call.joined)
+    checks["private"] = torch.equal(compute(table, call.q, gathered), out)
     cold_q = normal(prefix + own, HEADS, WIDTH, seed=3)
     cold_q[-1] = call.q[5]
     settings["unit_rows"] = unit_rows(chosen.tiles, 2)
@@ -301,7 +312,7 @@ def main() -> None:
             if failure:
                 report(rows, started, failed=failure)
     report(rows, started, compiled=len(parts))
-    names = ("base", "no overlap", "m 64", "tail 16", "pointers", "not fused")
+    names = ("base", "no overlap", "m 64", "tail 16", "pointers", "not fused", "chained", "joined")
     for chosen in [v for v in decoding if v.name in names]:
         try:
             report(rows, started, variant=chosen.name, **check_bits(chosen))

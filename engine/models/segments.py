@@ -9,7 +9,7 @@ import torch
 
 from genssd.engine.cache.tree import BranchTree, Path
 from genssd.engine.models.pages import PagePool
-from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SegmentTable, build_segment_table, choose_segment
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SegmentTable, build_segment_table, choose_table_options
 
 
 def rows_per_unit(group: int, device: torch.device) -> int:
@@ -31,7 +31,7 @@ def append_tokens(
         tree.append(path, count)
     kv, page_size = tree.pool.kv, tree.pool.page_size
     kv_heads, head_dim = kv.shape[-2:]
-    segment = choose_segment(kv.device, kv.dtype, (group * kv_heads, kv_heads, head_dim))
+    options = choose_table_options(kv.device, kv.dtype, (group * kv_heads, kv_heads, head_dim))
     page_tables = torch.from_numpy(tree.tables.rows)
     # through numpy, which reads lists three times as fast
     table_first_count = torch.from_numpy(np.array([[path.leaf.table for path in paths], first, counts], dtype=np.int32))
@@ -40,7 +40,9 @@ def append_tokens(
             page_tables,
             *table_first_count,
             page_size=page_size,
-            segment=-(-segment // page_size) * page_size,
+            segment=-(-options.segment // page_size) * page_size,
+            chain_programs=options.chain_programs,
+            resume_tokens=options.resume_tokens,
             window=window,
             unit_rows=rows_per_unit(group, kv.device),
         )

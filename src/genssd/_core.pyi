@@ -30,6 +30,18 @@ class SegmentTable:
         """Maximum number of positions that a row sees, its own included; 0: all."""
 
     @property
+    def chain_programs(self) -> int:
+        """
+        Number of programs of a kv head over which chains of segments are balanced; 0: no chains.
+        """
+
+    @property
+    def resume_tokens(self) -> int:
+        """
+        Number of tokens of which the shared part of an unfinished segment is a multiple; 0: none is shared.
+        """
+
+    @property
     def largest_page(self) -> int:
         """Largest page that any row reads; -1 where there is no row."""
 
@@ -65,7 +77,7 @@ class SegmentTable:
         int64 [rows]: slot of each row's own token in the cache, page * page_size + offset.
         """
 
-def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor, rows: torch.Tensor, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable:
+def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor, rows: torch.Tensor, page_size: int, segment: int, window: int, unit_rows: int, chain_programs: int = 0, resume_tokens: int = 0) -> SegmentTable:
     """
     Build the segment table of a batch: sequence i has the pages tables[table[i]], and rows[i] query rows at the positions first[i], first[i] + 1, ...; a unit has at most unit_rows rows.
     """
@@ -97,6 +109,12 @@ class DeviceRecords:
     def rows(self) -> numpy.ndarray:
         """
         int32 [rows, 8]: the partial results of every row, and its last segment where it alone reads that.
+        """
+
+    @property
+    def pages(self) -> numpy.ndarray:
+        """
+        int32: the pages of the segment table, then copies for chains whose pages do not follow each other there.
         """
 
     @property

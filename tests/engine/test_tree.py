@@ -145,6 +145,32 @@ def test_siblings_share_full_pages_and_copy_only_the_half_filled_one() -> None:
     assert tree.pool.num_free == NUM_PAGES - 3
 
 
+@pytest.mark.parametrize("prefix", [64, 90, 127])
+@pytest.mark.parametrize("own", [1, 40, 130])
+def test_pages_held_and_bytes_copied_by_branches(prefix: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 branches of one prefix take the pages of their own tokens, and copy a half-filled page each and no other."""
+    size, branches = 64, 64
+    tree = new_tree(page_size=size, num_pages=400)
+    copied: list[tuple[int, int]] = []
+    copy = tree.pool.copy
+    monkeypatch.setattr(tree.pool, "copy", lambda *pages: (copied.append(pages), copy(*pages)))
+    trunk = tree.root()
+    append(tree, trunk, list(range(prefix)))
+    paths = [tree.fork(trunk) for _ in range(branches)]
+    assert 400 - tree.pool.num_free == -(-prefix // size), "a fork takes no page"
+    assert copied == [], "a fork copies nothing"
+    for i, path in enumerate(paths):
+        append(tree, path, list(range(1000 * i, 1000 * i + own)))
+    shared, half = divmod(prefix, size)
+    own_pages = -(-(half + own) // size)
+    assert 400 - tree.pool.num_free == shared + (half > 0) + branches * own_pages
+    assert len(copied) * tree.pool.page_nbytes == branches * (half > 0) * size * 2 * 4, "keys and values in float32"
+    assert {source for source, _ in copied} == set(tree.table(trunk)[shared:])
+    for i in (0, 63):
+        assert read(tree, paths[i]) == [*range(prefix), *range(1000 * i, 1000 * i + own)]
+    assert read(tree, trunk) == list(range(prefix)), "the shared page is as it was"
+
+
 def test_the_last_path_writes_on_in_its_page_without_a_copy() -> None:
     tree = new_tree(page_size=4)
     first = tree.root()

@@ -540,11 +540,11 @@ def test_sums_over_steps(target: Target) -> None:
 
 
 def describe_attention(
-    target: Target, kernel: str, dtype: str, width: int, extras: bool
+    target: Target, kernel: str, dtype: str, width: int, extras: bool, *, joined: bool = False
 ) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int], AttentionTiles]:
     """Return one of attention's kernels as it ships: types and constants of its arguments, options and tiles.
 
-    extras: a window, sinks and a cap on the scores.
+    extras: a window, sinks and a cap on the scores. joined: for tables with chains and shared parts.
     """
     tiles = attention_launch_triton.choose_tiles(
         DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability
@@ -569,7 +569,8 @@ def describe_attention(
         "S": 64, "E": width, "GROUP": 4, "BLOCK_M": block_m, "BLOCK_T": tiles.block_t, "BLOCK_E": block_e,
         "WINDOW": extras, "SOFTCAP": extras, "FUSED": tiles.fused, "FLAT": tiles.flat, "HEADS": 4,
         "TMA": tiles.tma, "MASKED_TMA": masked_tma,
-        "OVERLAP": tiles.overlap, "SINKS": extras, "SEGMENT": 512, "SHORTEST": 128, "INTERPRET": False, **table,
+        "OVERLAP": tiles.overlap, "SINKS": extras, "SEGMENT": 512, "SHORTEST": 128, "INTERPRET": False,
+        "CHAINED": joined, "RESUMED": joined, **table,
     }  # fmt: skip
     function = getattr(attention_kernels_triton, kernel)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
@@ -609,6 +610,39 @@ def test_attention(target: Target, dtype: str, width: int, extras: bool, kernel:
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
         few = target.backend == "cuda" and tiles.block_m < 64  # rows, for the instruction of a warp group
         assert ("mma" if few else target.matrix) in compiled.instructions
+
+
+EVENTS = {
+    "mbarrier.try_wait": "arrived", "bar.sync": "barrier", "wgmma.commit_group": "product", "wgmma.wait_group": "wait",
+}  # fmt: skip
+
+
+def list_events(ptx: str) -> list[str]:
+    """Return what a kernel waits for and what it multiplies, in the order of the code."""
+    return [EVENTS[name] for name in re.findall("|".join(map(re.escape, EVENTS)), ptx)]
+
+
+def check_overlap(ptx: str) -> None:
+    """Check that a loop over tiles has no barrier from the first product to the second, and does not wait for that."""
+    events, loop = list_events(ptx), ["arrived", "barrier", "product", "wait", "product", "barrier"]
+    assert any(events[i : i + len(loop)] == loop for i in range(len(events))), events
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_products_of_attention_go_on_under_the_softmax(joined: bool) -> None:
+    (target,) = (parameter.values[0] for parameter in TARGETS if parameter.id == "sm_90")
+    function, types, constants, options, _ = describe_attention(
+        target, "item_kernel", "bf16", 128, False, joined=joined
+    )  # fmt: skip
+    kernel = compile_kernel(target, function, *describe_arguments(function, types, constants), **options)
+    check_overlap(kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_over_chains_and_shared_parts(target: Target) -> None:
+    for kernel in ("item_kernel", "finish_kernel") if target.arch == 90 else ("item_kernel",):
+        function, types, constants, options, _ = describe_attention(target, kernel, "bf16", 128, False, joined=True)
+        assert loads_asynchronously(compile_for(target, function, types, constants, **options), target)
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "gfx942"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genssd import _core
 from genssd.kernels.attention import (
     SEGMENT_TOKENS,
     SegmentTable,
@@ -69,17 +70,19 @@ class Branches:
             self.kv[:, pages_of_slots, slot % page] = self.dense[i]
         self.q = normal(count, heads, width, dtype=dtype, seed=7)
 
-    def table(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0) -> SegmentTable:
+    def table(
+        self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0, **joined: int
+    ) -> SegmentTable:
         chosen = np.arange(len(self.lengths), dtype=np.int32) if which is None else np.array(which, dtype=np.int32)
         last = np.array(self.lengths, dtype=np.int32)[chosen] - 1
         return build_segment_table(
             *map(torch.from_numpy, (self.tables, chosen, last, np.ones_like(last))), page_size=self.page,
-            segment=SEGMENT_TOKENS["cuda"], window=window, unit_rows=unit_rows,
+            segment=SEGMENT_TOKENS["cuda"], window=window, unit_rows=unit_rows, **joined,
         )  # fmt: skip
 
-    def run(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0) -> Tensor:
+    def run(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0, **joined: int) -> Tensor:
         q = self.q if which is None else self.q[which]
-        table = self.table(which, unit_rows=unit_rows, window=window)
+        table = self.table(which, unit_rows=unit_rows, window=window, **joined)
         return paged_attention(q, *self.kv, table, scale=q.shape[2] ** -0.5)
 
     def exact(
@@ -105,6 +108,22 @@ def assert_close(ours: Tensor, exact: Tensor) -> None:
     """Weights and the result are rounded to the dtype; weights add up to 1, so an error is one of the largest value."""
     unit = {torch.float32: 2.0**-18, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[ours.dtype]
     assert float((ours.double() - exact).abs().max()) <= unit * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("prefix", [2048, 2368])
+def test_chains_and_shared_begins_of_segments_change_no_bit(prefix: int, dtype: torch.dtype) -> None:
+    """Prefixes that end with a segment and within one; several segments in one program, and rows that go on from it."""
+    problem = Branches(prefix, [1 + 7 * i for i in range(40)], dtype=dtype)
+    plain = problem.run(unit_rows=32)
+    for joined in ({"chain_programs": 2}, {"resume_tokens": 64}, {"chain_programs": 2, "resume_tokens": 64}):
+        records = _core.DeviceRecords(problem.table(unit_rows=32, **joined))
+        assert bool((records.rows[:, 5] > 0).any()) == ("resume_tokens" in joined and prefix % 512 > 0)
+        together = problem.run(unit_rows=32, **joined)
+        assert torch.equal(together, plain)
+        for row in (0, 39):
+            assert torch.equal(problem.run([row], unit_rows=32, **joined)[0], plain[row])
+    assert_close(plain, problem.exact())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

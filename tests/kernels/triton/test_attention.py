@@ -86,7 +86,7 @@ class Cache:
         generator = torch.Generator().manual_seed((self.seed * 1000 + token) * 100000 + position)
         return torch.randn(2, self.kv_heads, self.width, generator=generator).to(self.dtype)
 
-    def table(self, which: list[int], rows: list[int], *, segment: int, window: int, unit_rows: int) -> SegmentTable:
+    def table(self, which: list[int], rows: list[int], **options: int) -> SegmentTable:
         """Of the last rows of each of these sequences."""
         width = max(len(table) for table in self.tables)
         pages = np.full((len(self.tables), width), 1 << 30, dtype=np.int32)  # beyond a sequence's end anything
@@ -95,8 +95,7 @@ class Cache:
         first = [len(self.sequences[i]) - n for i, n in zip(which, rows, strict=True)]
         order, starts, counts = (np.array(x, dtype=np.int32) for x in (which, first, rows))
         return build_segment_table(
-            *map(torch.from_numpy, (pages, order, starts, counts)), page_size=self.page_size, segment=segment,
-            window=window, unit_rows=unit_rows,
+            *map(torch.from_numpy, (pages, order, starts, counts)), page_size=self.page_size, **options
         )  # fmt: skip
 
 
@@ -111,6 +110,8 @@ class Case:
     segment: int = 16
     window: int = 0
     unit_rows: int = 4
+    chain_programs: int = 0
+    resume_tokens: int = 0
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -126,8 +127,9 @@ class Case:
 
     def host_table(self) -> SegmentTable:
         return self.cache.table(
-            self.which, self.rows, segment=self.segment, window=self.window, unit_rows=self.unit_rows
-        )
+            self.which, self.rows, segment=self.segment, window=self.window, unit_rows=self.unit_rows,
+            chain_programs=self.chain_programs, resume_tokens=self.resume_tokens,
+        )  # fmt: skip
 
     def run(self, *, programs: int = 3, tiles: AttentionTiles = SMALL, table: DeviceTable | None = None) -> Tensor:
         launch = AttentionLaunch(multiprocessors=programs, tiles=tiles, interpret=True)
@@ -378,6 +380,63 @@ def test_tiles_from_descriptors_have_the_bits_of_pointers(page_size: int, masked
             runs += [Case(cache, leaves[:2], counts, unit_rows=unit_rows).run(tiles=tiles) for unit_rows in (4, 16)]
     assert bool(runs[0].isfinite().all())
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def fork(cache: Cache, trunk: list[int], lengths: list[int], seed: int) -> list[int]:
+    """Add a sequence, and branches of it with so many tokens of their own; return the branches."""
+    parent = cache.add(trunk)
+    return [
+        cache.add(trunk + tokens_of(count, seed + i), parent, len(trunk)) for i, count in enumerate(lengths)
+    ]  # fmt: skip
+
+
+def test_chains_of_segments_change_no_bit() -> None:
+    """One program reads several segments of the same rows, of which those of two prompts lie between each other."""
+    cache = Cache(4, kv_heads=1)
+    kids = fork(cache, tokens_of(49, 0), [1, 3, 9], 10) + fork(cache, tokens_of(35, 1), [2, 6], 20)
+    case = Case(cache, kids, [1] * 5, heads=2, unit_rows=8)
+    chained = dataclasses.replace(case, chain_programs=1)
+    plain, records = case.run(), _core.DeviceRecords(chained.host_table())
+    assert sorted(records.items[:, 1].tolist()) == [32, 48], "each prompt's segments are one item"
+    assert len(records.pages) > len(chained.host_table().pages), "the second prompt's pages had to be put together"
+    assert torch.equal(chained.run(programs=1), plain)
+    assert (plain.double() - case.attention(torch.float64)).abs().max() < 1e-5
+
+
+def test_shared_parts_of_unfinished_segments_change_no_bit() -> None:
+    """Rows go on from sums over what they hold in the same pages, whoever their neighbours are."""
+    cache = Cache(4, kv_heads=1)
+    kids = fork(cache, tokens_of(74, 0), [1, 3, 6, 2], 10) + fork(cache, tokens_of(38, 1), [1, 5, 9], 20)
+    order = [5, 2, 6, 0, 4, 1, 3]
+    kids = [kids[i] for i in order]
+    case = Case(cache, kids, [1] * 7, heads=2, segment=48, unit_rows=8, softcap=20.0, sinks=torch.tensor([0.5, -1.0]))
+    shared = dataclasses.replace(case, resume_tokens=8, chain_programs=1)
+    plain, resumed = case.run(), dict(zip(order, _core.DeviceRecords(shared.host_table()).rows[:, 5], strict=True))
+    assert [resumed[i] for i in range(7)] == [24, 24, 24, 24, 32, 32, 32], "complete tiles of complete pages"
+    assert torch.equal(shared.run(), plain)
+    alone = dataclasses.replace(shared, which=kids[:1], rows=[1])
+    assert not _core.DeviceRecords(alone.host_table()).rows[0, 5]
+    assert torch.equal(alone.run()[0], plain[0])
+    assert (plain.double() - case.attention(torch.float64)).abs().max() < 1e-5
+
+
+def test_a_row_that_ends_with_the_shared_part_has_nothing_to_add() -> None:
+    cache = Cache(4, kv_heads=1)
+    kids = fork(cache, tokens_of(48, 0), [1, 2, 7], 10)
+    case = Case(cache, [0, *kids], [1] * 4, heads=2, segment=64, unit_rows=8)
+    shared = dataclasses.replace(case, resume_tokens=8)
+    assert _core.DeviceRecords(shared.host_table()).rows[:, 3:6:2].tolist() == [[48, 48], [49, 48], [50, 48], [55, 48]]
+    assert torch.equal(shared.run(), case.run())
+
+
+def test_tiles_that_pass_a_boundary_are_refused() -> None:
+    cache = Cache(4, kv_heads=1)
+    cache.add(tokens_of(40, 0))
+    wide = dataclasses.replace(SMALL, block_t=32)
+    for options, length in (({"resume_tokens": 8}, 8), ({"chain_programs": 1}, 16)):
+        case = dataclasses.replace(Case(cache, [0], [1], heads=2), **options)
+        with pytest.raises(ValueError, match=f"tiles of 32 tokens do not end .* after {length} tokens"):
+            case.run(tiles=wide)
 
 
 @pytest.mark.parametrize("changed", [{"programs": 1}, {"programs": 64}], ids=str)

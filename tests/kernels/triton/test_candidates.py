@@ -16,6 +16,7 @@ import torch
 from genssd.engine.models import tuning
 from genssd.engine.models.tuning import measure, tune
 from genssd.kernels import candidates_triton, filter_candidates_triton, loss_candidates_triton, tune_file
+from genssd.kernels.attention_launch_triton import AttentionConfiguration
 from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
 from genssd.kernels.filter_candidates_triton import FilterWorkload
 from genssd.kernels.head_triton import HeadTiles
@@ -90,6 +91,16 @@ def test_a_wrong_result_is_found(workload: Any) -> None:
     wrong = tuple(output + 1 for output in run())
     with pytest.raises((AssertionError, RuntimeError)):
         workload.check(wrong, workload.samples[0][-1])
+
+
+def test_tables_are_made_for_the_programs_of_the_card() -> None:
+    device = Device(torch.device("cpu"), amd=False, capability=90, multiprocessors=132)
+    found = {
+        (options.segment, options.chain_programs, options.resume_tokens)
+        for values in AttentionWorkload(device, torch.bfloat16, (32, 8, 128), 64).candidates(0)
+        for options in [AttentionConfiguration.from_values(values).table_options(132, 8)]
+    }
+    assert {(512, 0, 0), (1024, 0, 0), (256, 0, 0), (512, 16, 0), (512, 16, 64), (128, 16, 64), (2048, 16, 64)} <= found
 
 
 def test_a_workload_goes_to_the_processes_that_compile(workload: Any) -> None:
