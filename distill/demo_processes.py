@@ -92,18 +92,19 @@ def run_parts(
     waiting = deque(sorted(names, key=COSTS.index))
     results = Results()
 
-    def run_next(beside: Callable[[], str] | None) -> None:
-        name = waiting.popleft()
+    def run(name: str, beside: Callable[[], str] | None = None) -> None:
         results.by_name[name] = run_part(name, engine, config, lambda title: ProgressLine(title, progress, beside))
 
     if num_processes == 1:
-        while waiting:
-            run_next(None)
+        for name in waiting:
+            run(name)
         return results
+    longest = waiting.popleft()  # before the other process, which has to start first, can take it
     with _SecondProcess(waiting, results, config) as second:
+        run(longest, second.tell)
         with suppress(IndexError):  # the other one took the last part
             while not second.has_failed:
-                run_next(second.tell)
+                run(waiting.popleft(), second.tell)
         with ProgressLine("the other process is at work", progress, second.tell):
             second.wait()
     return results

@@ -131,8 +131,11 @@ def is_open(text: str, stop: str) -> bool:
     return any(text.endswith(stop[:length]) for length in range(1, len(stop)))
 
 
-def relay_by_hand(engine: Engine, prompt: list[int], options: Relay, stop: str) -> tuple[str, str | None, int]:
-    """The text of a relay of whole attempts, the string that ended it, and how often a takeover was moved back."""
+def relay_by_hand(engine: Engine, prompt: list[int], options: Relay, stop: str) -> tuple[set[str], str | None, int]:
+    """The text of a relay of whole attempts, the string that ended it, and how often a takeover was moved back.
+
+    Of a token of the student that the string cuts, the text may be lost as well: there are two texts then.
+    """
     tokenizer, ids, moves = engine.tokenizer("teacher"), list[int](), 0
     while True:
         attempt = grow(engine, prompt + ids, "student", 96 - len(ids))
@@ -141,12 +144,13 @@ def relay_by_hand(engine: Engine, prompt: list[int], options: Relay, stop: str) 
         kept = len(attempt)
         if match is not None:
             lengths = [len(text_of(tokenizer, [*ids, *attempt[:k]])) for k in range(len(attempt) + 1)]
-            kept = max(k for k, length in enumerate(lengths) if length <= match[1])
-            kept += lengths[kept] < match[1]
+            whole = max(k for k, length in enumerate(lengths) if length <= match[1])
+            kept = whole + (lengths[whole] < match[1])
         entropy, window = stats.entropy[:kept], min(options.window, kept)
         places = [i for i in range(kept - window + 1) if window and entropy[i : i + window].mean() >= options.threshold]
         if not places:
-            text = text_of(tokenizer, [*ids, *attempt])
+            ids += attempt
+            least = "" if match is None else text_of(tokenizer, ids[: len(ids) - len(attempt) + whole])
             break
         place = places[0]
         while place and is_open(text_of(tokenizer, [*ids, *attempt[:place]]), stop):
@@ -160,11 +164,12 @@ def relay_by_hand(engine: Engine, prompt: list[int], options: Relay, stop: str) 
             match = find_by_hand(tokenizer, [*ids, *rest[:count]], [stop])
         ids += rest[:count]
         if match is not None or count >= len(rest):
-            text = text_of(tokenizer, ids)
+            least = ""
             break
+    text = text_of(tokenizer, ids)
     place = text.find(stop)
-    visible = text if place < 0 else text[:place]
-    return visible, stop if place >= 0 else None, moves
+    texts = {text} if place < 0 else {text[:place], least or text[:place]}
+    return {tokenizer.decode(tokenizer.encode_plain(one)) for one in texts}, stop if place >= 0 else None, moves
 
 
 @pytest.mark.parametrize("teacher", ["rest", "chunk"])
@@ -174,7 +179,7 @@ def test_relay_is_a_loop_over_both_models(small: Engine, teacher: Any) -> None:
     prompts = [[{"role": "user", "content": problems[i].question}] for i in (0, 2, 5)]
     options = Relay(threshold=1.1, window=3, teacher=teacher, chunk=Chunk(tokens=5, until=None), student=GREEDY)
     shared: dict[str, Any] = {"sampling": GREEDY, "max_tokens": 96}
-    num_stopped = num_moved = 0
+    num_stopped = num_moved = num_exact = 0
     for prompt in prompts:
         ids = tokenizer.encode_prompt(prompt)
         ((whole,),) = generate_two_writers(small, [prompt], options, **shared)
@@ -192,11 +197,14 @@ def test_relay_is_a_loop_over_both_models(small: Engine, teacher: Any) -> None:
         for stop in stops:
             expected, reason, moves = relay_by_hand(small, ids, options, stop)
             ((response,),) = generate_two_writers(small, [prompt], options, stop=(stop,), **shared)
-            assert (response.text, response.stop_reason) == (tokenizer.decode(tokenizer.encode_plain(expected)), reason)
+            assert response.text in expected
+            assert response.stop_reason == reason
+            num_exact += response.text == max(expected, key=len)
             assert stop not in response.text
             num_stopped += reason is not None
             num_moved += moves
     assert num_stopped >= 9
+    assert num_exact >= 5
     assert num_moved, "no takeover falls into a string"
 
 
