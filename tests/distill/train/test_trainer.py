@@ -377,6 +377,7 @@ def test_overwrite_removes_an_earlier_training_and_begins_anew(
     for name in ("model.safetensors", "config.json", "checkpoint-2/model.safetensors"):
         assert (output_dir / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
     assert [row["step"] for row in metrics(output_dir)] == [1, 2]
+    assert "--overwrite" not in (output_dir / "README.md").read_text()
 
 
 def test_resuming_an_earlier_checkpoint_forgets_the_later(
