@@ -39,8 +39,9 @@ check: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-# needs Chromium (Debian: apt-get install chromium), and no other package
+# needs Chromium, which is installed where that is possible (Debian, as root), and no other package
 browser: $(VENV)/.installed-dev
+	bash scripts/install_browser.sh
 	$(BIN)/pytest -rs tests/distill/report/test_browser.py
 
 bench: $(VENV)/.installed-dev

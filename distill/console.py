@@ -32,11 +32,15 @@ LIVE_RATE = 4.0
 
 
 class ProgressLine(Progress):
-    """The progress of one command on a console. Use as a context manager."""
+    """The progress of one command on a console. Use as a context manager.
 
-    def __init__(self, title: str, console: Console) -> None:
+    beside: returns a line about what another process does meanwhile, which is shown below; "" for none.
+    """
+
+    def __init__(self, title: str, console: Console, beside: Callable[[], str] | None = None) -> None:
         self._title = title
         self._console = console
+        self._beside = beside or str
         self._stage = Stage(name="")
         self._started = time.monotonic()
         self._live: Live | None = None
@@ -97,6 +101,8 @@ class ProgressLine(Progress):
         fraction = _fraction_done(stage, measured)
         bar = ProgressBar(total=1.0, completed=fraction or 0.0, width=10, pulse=fraction is None)
         line.add_row(bar, Text(describe(self._title, stage, measured)))
+        if text := self._beside():
+            line.add_row("", Text(text))
         return line
 
     def _print_when_due(self) -> None:
@@ -114,6 +120,8 @@ class ProgressLine(Progress):
                     continue
                 if now >= (due if stage is printed_stage else stage.started + FIRST_PLAIN):
                     self._print(describe(self._title, stage, measure(stage, now)))
+                    if text := self._beside():
+                        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
                     printed_stage, due = stage, now + PLAIN_INTERVAL
             except OSError:  # the reader of stderr has gone, or its disk is full: the work goes on
                 return

@@ -30,7 +30,8 @@ class DemoConfig:
     post_hoc: bool = False
     """Train a third student on the best of the same number of whole solutions, chosen after they are written."""
     threads: int | None = None
-    """Number of CPU threads. None: every part of the demo chooses, as the commands do."""
+    """Number of CPU threads. None: two where two cores are given, one for each student. With 1 the students are made
+    one after the other."""
     seed: int = 0
     """Seed of the problems, of sampling and of training."""
 

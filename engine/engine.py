@@ -7,18 +7,16 @@ from typing import Unpack
 
 from torch import Tensor
 
+from genssd.engine.calls.branching_engine import BranchingEngine
 from genssd.engine.calls.generation import Completion, Generation
-from genssd.engine.calls.loaded_engine import LoadedEngine
 from genssd.engine.calls.nodes import Forcing, Fork, iter_force
 from genssd.engine.calls.scoring import score
 from genssd.engine.calls.session import Session
 from genssd.engine.common.amounts import format_count
-from genssd.engine.common.errors import CapacityError, InputError
-from genssd.engine.common.model_choices import Role
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import BOTH, Role
 from genssd.engine.common.options_check import check_arguments, check_count
 from genssd.engine.criteria.candidate import ActivationMeans, Window
-from genssd.engine.decoding.branch import Branch, expand_together
-from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.decoding.feed import Feed
 from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.models.sampling import Sampling, prompt_stream
@@ -27,14 +25,14 @@ from genssd.engine.search.judging import Judge
 from genssd.engine.search.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
 from genssd.engine.search.search_options import SearchChanges, SearchOptions
 from genssd.engine.search.selection import Selection, Watch
-from genssd.engine.search.team import BOTH, Team
+from genssd.engine.search.team import Team
 from genssd.engine.setup.requests import check_answers, check_ids, check_positions, check_windows, labels_of
 from genssd.engine.texts.stops import StopStrings
 from genssd.engine.texts.text import Prompt
 from genssd.kernels.logprob import TokenStats
 
 
-class Engine(LoadedEngine):
+class Engine(BranchingEngine):
     """A teacher, a student or both, with the caches that their searches run in.
 
     Made by `Engine.from_pretrained`. Not thread-safe. A prompt is raw text, chat messages or token ids everywhere.
@@ -172,8 +170,6 @@ class Engine(LoadedEngine):
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         if rsd is not None and greedy_first:
             raise InputError("greedy_first is for a model that writes alone: leave rsd out")
-        if rsd is not None and stop:
-            raise InputError("stop is for a model that writes alone: leave rsd out")
         self._require_one_writer(model)
         roles: Sequence[Role] = [model] if rsd is None else BOTH
         stops = StopStrings(texts=stop, is_included=include_stop)
@@ -272,76 +268,3 @@ class Engine(LoadedEngine):
         if not 0 <= start < len(ids):
             raise InputError(f"start must lie in the response of {format_count(len(ids), 'token')}, not {start}")
         return self._resources.mean_activations(model, prompt_ids, ids, start)
-
-    @check_arguments(but=("prompt",))
-    def branch(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: Sampling = Sampling(top_p=0.95),
-        seed: int = 0,
-        answer: str | None = None,
-        max_tokens: int | None = None,
-    ) -> Branch:
-        """Return the root of a tree for searches of your own; see `Branch`.
-
-        answer: reference answer of the prompt, for criteria that read it. max_tokens: maximum number of tokens in a
-        whole response; None for what the models have positions for. Raises the errors of `select_expand`.
-        """
-        if max_tokens is not None:
-            check_count("max_tokens", max_tokens)
-        self._require_one_writer("teacher")
-        roles: Sequence[Role] = BOTH if "student" in self._resources.runners else ["teacher"]
-        session = self._branch_sessions.get(sampling)
-        if session is None:
-            session = Session(self._resources, sampling, "teacher", scored=len(roles) == 2)
-            self._branch_sessions[sampling] = session
-        (encoded,) = self._resources.encode_all([prompt], ["the prompt"], roles, [answer])
-        if encoded.misfit is not None:
-            raise CapacityError(encoded.misfit)
-        stream = prompt_stream(seed, encoded.ids.teacher, encoded.occurrence)
-        return Branch.root(session, encoded.ids, stream, max_tokens)
-
-    def _require_one_writer(self, model: Role) -> None:
-        """Raise InputError where a model would write that is one of several teachers."""
-        if model == "teacher" and self._resources.others:
-            raise InputError(
-                "several teachers write in a search alone: for anything else take one of them, such as "
-                "engine.teachers[0]"
-            )
-
-    @check_arguments(but=("chunk",))
-    def expand(
-        self,
-        branches: Sequence[Branch],
-        n: int,
-        chunk: Chunk | int = Chunk(),
-        *,
-        model: Role = "teacher",
-        sampling: Sampling | None = None,
-    ) -> list[list[Branch]]:
-        """Sample n candidates of each branch as `Branch.expand` does, those of all branches in one batch.
-
-        model: the one that writes the candidates. What the student writes the teacher reads, so that candidates of both
-        compete and either goes on after them; `Branch.writer_logprob` is the teacher's in both cases. sampling: how the
-        student samples; None for the options that the branches were made with, as the teacher does. Branches that were
-        made with other sampling options go in a batch of their own. Raises InputError naming a branch by its index, and
-        where the student is to write with other tokens than the teacher's or beside a served one; CapacityError,
-        changing nothing, when the candidates of all do not fit together.
-        """
-        if sampling is not None and model == "teacher":
-            raise InputError("the teacher samples as its branches were made: sampling is for model='student'")
-        for i, branch in enumerate(branches):
-            if not any(branch.session is session for session in self._branch_sessions.values()):
-                raise InputError(f"branch {i} belongs to another engine")
-        sessions = None if model == "teacher" else [self._find_student_session(b, sampling) for b in branches]
-        return expand_together(branches, n, chunk, sessions)
-
-    def _find_student_session(self, branch: Branch, sampling: Sampling | None) -> Session:
-        """Return the session in which the student writes candidates of a branch."""
-        if sampling is None:
-            sampling = next(known for known, session in self._branch_sessions.items() if session is branch.session)
-        session = self._student_sessions.get(sampling)
-        if session is None:
-            session = self._student_sessions[sampling] = Session(self._resources, sampling, "student")
-        return session

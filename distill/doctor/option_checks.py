@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from genssd.distill.data.problems import read_usable_problems
 from genssd.distill.doctor.findings import Finding
@@ -24,7 +23,7 @@ from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.models import check_layout
-from genssd.distill.train.resume import find_checkpoint
+from genssd.distill.train.resume import find_start
 from genssd.distill.train.stored_states import check_states
 from genssd.engine.common.errors import GenssdError, InputError
 from genssd.engine.common.model_choices import Role
@@ -68,7 +67,7 @@ def _list_needs(inputs: Inputs) -> Iterator[Need]:
     if isinstance(config, GenerateConfig) and config.has_two_writers:
         yield partial(_check_two_writers, inputs)
     if isinstance(config, TrainConfig):
-        yield partial(find_checkpoint, config.resume_from_checkpoint, Path(config.output_dir))
+        yield partial(find_start, config)
     if isinstance(config, MonitorOptions):
         yield partial(check_monitor, config.report_to)
     if settings.training is not None:

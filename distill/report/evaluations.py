@@ -70,17 +70,22 @@ def read_evaluation(found: FoundRun, faults: list[str]) -> ReadEvaluation:
     return ReadEvaluation(found=found, rows=rows)
 
 
-def list_differing(evaluations: Sequence[ReadEvaluation]) -> list[dict[str, Any]]:
-    """Return the first problems on which not all evaluations have the same verdict, with the ends of the responses."""
-    differing = []
+def list_differing(evaluations: Sequence[ReadEvaluation]) -> tuple[list[dict[str, Any]], int]:
+    """Return the first problems on which not all evaluations have the same verdict, and the number of all of them.
+
+    The first MAX_PROBLEMS have the ends of the responses.
+    """
+    differing: list[dict[str, Any]] = []
+    total = 0
     for question in evaluations[0].rows if evaluations else ():
         rows = [evaluation.rows.get(question) for evaluation in evaluations]
-        if len({row["correct"] for row in rows if row is not None}) > 1:
+        if len({row["correct"] for row in rows if row is not None}) < 2:
+            continue
+        total += 1
+        if total <= MAX_PROBLEMS:
             results = [None if row is None else [row["correct"], row["response"][-MAX_CHARACTERS:]] for row in rows]
             differing.append({"question": question, "answer": evaluations[0].rows[question]["answer"], "of": results})
-        if len(differing) == MAX_PROBLEMS:
-            break
-    return differing
+    return differing, total
 
 
 def _fields(estimate: Estimate | None) -> dict[str, float] | None:

@@ -161,12 +161,14 @@ class _Builder:
     def _make_overview(self, title: str) -> dict[str, Any]:
         trainings = [read_training(run, self.faults) for run in self._runs if run.command == "train"]
         evaluations = [read_evaluation(run, self.faults) for run in self._runs if run.command == "evaluate"]
+        differing, num_differing = list_differing(evaluations) if len(evaluations) > 1 else ([], 0)
         overview = {
             "title": title,
             "searches": [search.as_json() for search in self.searches],
             "trainings": trainings,
             "evaluations": [evaluation.as_json(evaluations[0]) for evaluation in evaluations],
-            "differing": list_differing(evaluations) if len(evaluations) > 1 else [],
+            "differing": differing,
+            "num_differing": num_differing,
             "faults": self.faults,
         }
         return json.loads(json.dumps(overview))  # type: ignore[no-any-return]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.runs.writing import remove_directory, remove_file
+from genssd.engine.common.errors import InputError
 
 RECORD = {"run.json": "the settings, models and versions; --config reads it"}
 BAD_ROWS = {"bad_rows.txt": "what could not be used, by file and line"}
@@ -107,14 +110,46 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
 """Files and directories (with a slash at the end) below output_dir, the most useful first, by command."""
 
 
-def remove_outputs(directory: Path, command: str) -> None:
-    """Remove what a finished or interrupted run of a command has written, but for run.json, which is written again.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.*", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Files that transformers writes beside the weights of a model. The first one goes first: a directory without it holds
+no complete model."""
 
-    Files of the user's own stay. Raises InputError where the system refuses it.
+
+def list_outputs(directory: Path, command: str) -> list[Path]:
+    """Return what a finished or interrupted run of a command has written, in the order in which it is removed.
+
+    run.json is left out, which the next run writes again, and files of the user's own.
     """
-    for pattern in OUTPUTS[command]:
-        for path in directory.glob(pattern.rstrip("/")):
-            if path.is_dir():
-                remove_directory(path)
-            elif pattern not in RECORD:
-                remove_file(path)
+    patterns = [*(MODEL_FILES if command == "train" else ()), *(p for p in OUTPUTS[command] if p not in RECORD)]
+    return [path for pattern in patterns for path in directory.glob(pattern.rstrip("/"))]
+
+
+def remove_outputs(directory: Path, command: str) -> None:
+    """Remove what `list_outputs` lists. Raises InputError where the system refuses it."""
+    for path in list_outputs(directory, command):
+        if path.is_dir():
+            remove_directory(path)
+        else:
+            remove_file(path)
+
+
+def check_outputs_unread(config: Any, command: str) -> None:
+    """Raise InputError naming a field of a config whose model or file lies among what `remove_outputs` would remove."""
+    directory = Path(config.output_dir).resolve()
+    removed = {path.resolve() for path in list_outputs(directory, command)}
+    for setting in fields_of(config):
+        names = (setting.value,) if isinstance(setting.value, str) else setting.value
+        if setting.name == "output_dir" or not isinstance(names, tuple):
+            continue
+        for name in names:
+            path = Path(name).resolve() if isinstance(name, str) and name and "\0" not in name else None
+            is_read = path is not None and (path == directory or not removed.isdisjoint((path, *path.parents)))
+            if removed and is_read:
+                raise InputError(
+                    f"overwrite would remove what the run reads: {setting.name} {name} lies in output_dir "
+                    f"{config.output_dir}; choose another output_dir"
+                )

@@ -30,7 +30,7 @@ from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.directory import RECORD, claim_directory
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
-from genssd.distill.runs.output_files import remove_outputs
+from genssd.distill.runs.output_files import check_outputs_unread, remove_outputs
 from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.stopped import describe_stopped
@@ -102,12 +102,14 @@ class Run:
     def claim(cls, config: RunConfig, command: str, *, journal: str | None = None) -> Iterator[Run]:
         """Hold the output directory while the block runs. The caller decides when the run begins: see `begin`.
 
-        Raises InputError when a setting of the config has no effect, and when the directory cannot be written, or
-        belongs to another command or process.
+        Raises InputError when a setting of the config has no effect, when overwrite would remove what the run reads,
+        and when the directory cannot be written, or belongs to another command or process.
         """
         check_effects(config)
         if getattr(config, "overwrite", False) and getattr(config, "resume", False):
             raise InputError("resume goes on with a run, and overwrite removes it: give one of them")
+        if getattr(config, "overwrite", False):
+            check_outputs_unread(config, command)
         with ExitStack() as stack:
             stack.enter_context(claim_directory(Path(config.output_dir), command))
             run = cls(config, command, journal, stack)

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/run.json           the settings, model fingerprints and versions
 OUTPUT_DIR/responses.jsonl    one line per finished prompt; training, score and TRL read it like selections.jsonl
-OUTPUT_DIR/teacher_states.bin  the teacher's last hidden states along each first response, with --teacher-states
+OUTPUT_DIR/teacher_states.bin  the teacher's last hidden states along each response, with --teacher-states
 OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
 OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy where reference answers are known
 
@@ -161,7 +161,7 @@ class WrittenPrompt:
     row: dict[str, Any]
     """Line of responses.jsonl without `teacher_states`."""
     states: Tensor | None = None
-    """The teacher's hidden states along the first response, on the CPU; None where they are not kept."""
+    """The teacher's hidden states along the response, on the CPU; None where they are not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +213,8 @@ class GenerationWork:
                 max_tokens=config.max_tokens,
                 seed=config.seed,
                 answers=[problem.answer for problem in self.problems],
+                stop=config.stop,
+                include_stop=config.include_stop,
                 skip=skip,
                 labels=labels,
                 feed=feed,

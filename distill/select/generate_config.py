@@ -35,7 +35,6 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, StopOption
             "relay.error entropy or relay.teacher chunk",
         ),
         "student_template_kwargs": Need(lambda o: o.student is not None, "a student"),
-        "stop": Need(lambda o: o.method == "sample", "method sample"),
         "include_stop": Need(lambda o: bool(o.stop), "stop"),
         **SERVED_NEEDS,
     }
@@ -100,6 +99,12 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, StopOption
                 "log-probabilities: give a teacher that is a hub id or a local directory, or method sample"
             )
         self.check_teacher_states(self.teacher)
+        if self.teacher_states is not None and self.n > 1:
+            raise InputError(
+                f"teacher_states are kept along one response per prompt, the one that training reads: n must be 1, not "
+                f"{self.n}; the best of several whole responses has them from `genssd select --candidates {self.n} "
+                f"--chunk.tokens {self.max_tokens} --teacher-states {self.teacher_states}`"
+            )
         if self.n < 1 or self.max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
 

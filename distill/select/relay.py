@@ -15,7 +15,9 @@ from genssd.distill.select.two_writer_options import Relay
 from genssd.engine.decoding.branch import Branch
 from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.decoding.rewinding import rewind
+from genssd.engine.texts.stops import StopSearch
 from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import open_stream
 
 WHOLE = Chunk(tokens=1 << 30, until=None)
 """Chunk that ends with the response."""
@@ -56,6 +58,7 @@ def write_in_relay(root: Branch, options: Relay, tokenizer: Tokenizer, is_wrong:
             place = find_error(entropy, options, is_complete=branch.ended is not None)
             if place is None:
                 continue
+            place = _leave_beginnings(branch, start, place, tokenizer)
             if place:
                 spans.append(Span(place, "student"))
             branch = rewind(branch, start + place)  # the other one has no pages once nothing refers to it
@@ -70,6 +73,24 @@ def write_in_relay(root: Branch, options: Relay, tokenizer: Tokenizer, is_wrong:
     finally:
         for held in (branch, *children):
             held.drop()
+
+
+def _leave_beginnings(branch: Branch, start: int, place: int, tokenizer: Tokenizer) -> int:
+    """Return the last place of an attempt, up to `place`, that is not inside the beginning of a stop string.
+
+    What the student has written of a string would stay in the response when the teacher completes it. start: number of
+    tokens before the attempt.
+    """
+    stops = branch.session.stops
+    if not stops.texts or not place:
+        return place
+    search = StopSearch(stops, open_stream(tokenizer), branch.history[:start])
+    closed = 0
+    for offset, token in enumerate(branch.history[start : start + place], start=1):
+        search.find(token)
+        if not search.is_open:
+            closed = offset
+    return closed
 
 
 def _move_on(parent: Branch, child: Branch) -> Branch:

@@ -87,6 +87,8 @@ def make_completion(
     ]
     chunks, start = [], 0
     for span in spans:
+        if not span.tokens:  # of a last chunk a stop string has left nothing
+            continue
         end = start + span.tokens
         chunks.append(
             WrittenChunk(
@@ -99,7 +101,8 @@ def make_completion(
     return TwoWriterCompletion(
         token_ids=tuple(branch.history),
         text=branch.text,
-        status="finished" if branch.ended == "finished" else "length",
+        status="finished" if branch.ended in ("finished", "stopped") else "length",
+        stop_reason=branch.stop_reason,
         logprob=tuple(value for part in branch.history_writer_logprob for value in part.tolist()),
         substituted=sum(span.tokens for span in spans if span.writer == "student"),
         chunks=tuple(chunks),

@@ -81,17 +81,21 @@ def generate_two_writers(
     max_tokens: int = 4096,
     seed: int = 0,
     answers: Sequence[str | None] | None = None,
+    stop: tuple[str, ...] = (),
+    include_stop: bool = False,
 ) -> list[list[TwoWriterCompletion]]:
     """Let teacher and student write n responses per prompt in turns; return those of each prompt, in order.
 
     method: how they take turns, with its options. sampling: how the teacher samples. max_tokens: maximum number of
     tokens in a response. answers: reference answers, for a criterion that reads them and for `Relay(error="answer")`.
+    stop, include_stop: texts at which a response ends, whoever writes, and whether it keeps them (see `SearchOptions`).
     Raises InputError on an unusable argument, an answer that is missing, models whose tokens are not the same and a
     teacher on a server; CapacityError on a prompt that fits into no cache, NumericsError on NaN or infinite logits.
     """
     outcomes = iter_two_writers(
-        engine, prompts, method, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, answers=answers
-    )
+        engine, prompts, method, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, answers=answers, stop=stop,
+        include_stop=include_stop,
+    )  # fmt: skip
     completions = {outcome.index: outcome.completions for outcome in outcomes}
     return [[c for c in completions[i] if isinstance(c, TwoWriterCompletion)] for i in range(len(prompts))]
 
@@ -106,6 +110,8 @@ def iter_two_writers(
     max_tokens: int = 4096,
     seed: int = 0,
     answers: Sequence[str | None] | None = None,
+    stop: tuple[str, ...] = (),
+    include_stop: bool = False,
     skip: frozenset[int] = frozenset(),
     labels: Sequence[str] | None = None,
     feed: Feed | None = None,
@@ -130,7 +136,10 @@ def iter_two_writers(
     for index, prompt in enumerate(prompts):
         answer = None if answers is None else answers[index]
         try:
-            root = engine.branch(prompt, sampling=sampling, seed=seed, answer=answer, max_tokens=max_tokens)
+            root = engine.branch(
+                prompt, sampling=sampling, seed=seed, answer=answer, max_tokens=max_tokens, stop=stop,
+                include_stop=include_stop,
+            )  # fmt: skip
         except InputError as error:
             raise InputError(f"{names[index]}: {str(error).removeprefix('the prompt: ')}") from None
         except CapacityError as error:

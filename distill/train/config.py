@@ -202,6 +202,9 @@ class TrainConfig(TrainSettings, ChatSettings):
     resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from; "last" for the newest checkpoint in output_dir, which must have one; "auto"
     for the newest one or, where output_dir has none, the start of the training."""
+    overwrite: Operational[bool] = False
+    """Remove the model, the checkpoints and the files that an earlier training has written to output_dir, and begin
+    anew."""
     push_to_hub: Operational[str | None] = None
     """Repository of the Hugging Face hub, OWNER/NAME, to which the trained model and its card are sent at the end. It
     is made, as a private one, before the training begins, where it does not exist."""
@@ -210,5 +213,9 @@ class TrainConfig(TrainSettings, ChatSettings):
         TrainSettings.__post_init__(self)
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub, "push_to_hub")
+        if self.overwrite and self.resume_from_checkpoint is not None:
+            raise InputError(
+                "resume_from_checkpoint goes on with a training, and overwrite removes it: give one of them"
+            )
         if not self.data:
             raise InputError("data must name at least one file")

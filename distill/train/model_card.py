@@ -34,7 +34,7 @@ ROUND_FILE = "kept.jsonl"
 SHOWN_ALWAYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 """Options that the card lists also where they have their defaults."""
 NOT_OPTIONS = frozenset(
-    ("model_name_or_path", "data", "eval_data", "output_dir", "resume_from_checkpoint", "push_to_hub")
+    ("model_name_or_path", "data", "eval_data", "output_dir", "resume_from_checkpoint", "overwrite", "push_to_hub")
 )
 """Fields that stand elsewhere in the card, or say nothing about the model."""
 
@@ -137,7 +137,7 @@ def render_card(config: TrainConfig, inputs: CardInputs, result: TrainingResult)
         "## Training",
         "\n".join(_iter_training(config, result)),
         "## Command",
-        _fence(render_command("train", config, without=("resume_from_checkpoint", "push_to_hub"))),
+        _fence(render_command("train", config, without=("resume_from_checkpoint", "overwrite", "push_to_hub"))),
     ]
     return "\n\n".join(sections) + "\n"
 

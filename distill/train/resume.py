@@ -11,6 +11,7 @@ from pathlib import Path
 
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.chat_settings import choose_date
+from genssd.distill.runs.directory import RECORD
 from genssd.distill.runs.journal import complete_rows, read_json
 from genssd.distill.runs.metrics import METRICS_FILE
 from genssd.distill.runs.settings import check_same_settings, settings_of
@@ -48,6 +49,17 @@ def fingerprint_examples(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def find_start(config: TrainConfig) -> Path | None:
+    """Return the checkpoint from which a training goes on; None for a training from the beginning.
+
+    Raises InputError as `find_checkpoint` does. A training that overwrites an earlier one removes it when it begins.
+    """
+    output_dir = Path(config.output_dir)
+    if config.overwrite and (output_dir / RECORD).exists():
+        return None
+    return find_checkpoint(config.resume_from_checkpoint, output_dir)
+
+
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
     """Return the checkpoint to resume from, or None for a new training.
 
@@ -60,10 +72,10 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
         if checkpoints:
             raise InputError(
                 f"{output_dir} holds {checkpoints[-1].name} of an earlier training; pass --resume-from-checkpoint "
-                "last, or choose another output_dir"
+                f"last to go on, {_name_remedy(output_dir)}"
             )
         if any(output_dir.glob("*.safetensors")) or (output_dir / "best").exists():
-            raise InputError(f"{output_dir} holds a model already; choose another output_dir")
+            raise InputError(f"{output_dir} holds a model already; {_name_remedy(output_dir)}")
         return None
     if resume_from_checkpoint == "auto":
         if not checkpoints:
@@ -87,8 +99,16 @@ def _check_may_begin_again(output_dir: Path) -> None:
     is_finished = (output_dir / "config.json").exists()
     if is_finished or (any(output_dir.glob("*.safetensors")) and not is_of_a_training):
         raise InputError(
-            f"{output_dir} holds a finished model, and no checkpoint to resume from; choose another output_dir"
+            f"{output_dir} holds a finished model, and no checkpoint to resume from; {_name_remedy(output_dir)}"
         )
+
+
+def _name_remedy(output_dir: Path) -> str:
+    """Return what else can be done about a directory that holds a training. Only what a run has recorded is removed."""
+    is_recorded = (output_dir / RECORD).exists()
+    return (
+        "pass --overwrite to begin anew, or choose another output_dir" if is_recorded else "choose another output_dir"
+    )
 
 
 def fix_date(config: TrainConfig) -> TrainConfig:
@@ -97,7 +117,7 @@ def fix_date(config: TrainConfig) -> TrainConfig:
     Raises InputError when there is no checkpoint to resume from.
     """
     settings: Mapping[str, object] = {}
-    path = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+    path = find_start(config)
     if path is not None:
         settings = read_state(path).settings
     elif config.resume_from_checkpoint is not None:
@@ -123,7 +143,9 @@ def read_progress(
     """
     output_dir = Path(config.output_dir)
     if path is None:
-        if (output_dir / "best").exists():  # of a training without a checkpoint, which begins again
+        if (
+            output_dir / "best"
+        ).exists() and not config.overwrite:  # of a training without a checkpoint, which begins again
             begun = _read_begun(output_dir)
             now = {name: settings[name] for name in begun if name in settings}
             check_same_settings(begun, now, f"{output_dir} was begun")
@@ -186,11 +208,15 @@ class EarlierFiles:
     """Loss in the last of these lines; NaN where none has one."""
 
     @staticmethod
-    def read(output_dir: Path, state: TrainerState) -> EarlierFiles:
+    def read(config: TrainConfig, state: TrainerState) -> EarlierFiles:
         """Read the files of an output directory, and forget the state's best model where it was lost.
 
-        Raises InputError on a damaged line of metrics.jsonl, CheckpointError on a damaged best.json.
+        Of a training that is overwritten nothing is left. Raises InputError on a damaged line of metrics.jsonl,
+        CheckpointError on a damaged best.json.
         """
+        output_dir = Path(config.output_dir)
+        if config.overwrite:
+            return EarlierFiles(output_dir=output_dir, step=0, best_step=None, metrics_end=0, loss=math.nan)
         best = output_dir / "best"
         best_step = _read_best_step(best) if best.exists() else None
         if best_step is None:

@@ -8,12 +8,11 @@ pass, never from how busy the machine is.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from genssd.distill.runs.journal import read_json
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
-from genssd.distill.train.resume import find_checkpoint, is_of_other_processes
+from genssd.distill.train.resume import find_start, is_of_other_processes
 from genssd.engine.checkpoints.checkpoint import locate
 from genssd.engine.checkpoints.parameters import count_stored_parameters
 from genssd.engine.host.threads import ThreadChoice, choose_training_threads
@@ -37,7 +36,7 @@ def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadC
 
 def _recorded_threads(config: TrainConfig, world: World) -> int | None:
     """Return the number of threads of the checkpoint that is resumed; None without one of so many processes."""
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+    checkpoint = find_start(config)
     settings = None if checkpoint is None else read_json(checkpoint / "trainer_state.json").get("settings")
     is_of_these = isinstance(settings, dict) and not is_of_other_processes(settings, world.size)
     threads = settings.get("threads") if isinstance(settings, dict) and is_of_these else None

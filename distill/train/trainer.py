@@ -43,7 +43,7 @@ from genssd.distill.train.model_card import CardInputs, write_card
 from genssd.distill.train.resume import (
     EarlierFiles,
     collect_settings,
-    find_checkpoint,
+    find_start,
     fix_date,
     read_progress,
     restore,
@@ -140,9 +140,9 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             remove_leftovers(Path(config.output_dir))
         world.wait()  # until they are gone
         settings = collect_settings(config, inputs, world)
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+        checkpoint = find_start(config)
         state = read_progress(config, inputs, world, checkpoint, settings)
-        earlier = EarlierFiles.read(Path(config.output_dir), state)
+        earlier = EarlierFiles.read(config, state)
         training = build_training(config, inputs, world, checkpoint)
         if checkpoint is not None:
             restore(training, checkpoint, state)

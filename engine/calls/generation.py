@@ -125,5 +125,5 @@ def _completion(branch: Branch) -> Completion:
         status="finished" if branch.ended in ("finished", "stopped") else "length",
         stop_reason=branch.stop_reason,
         logprob=tuple(branch.chunk_writer_logprob),
-        substituted=branch.substituted,
+        substituted=len(branch.substituted),
     )

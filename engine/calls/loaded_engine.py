@@ -11,7 +11,6 @@ from typing import Any, Self
 from torch import Tensor
 
 from genssd.engine.calls.nodes import NodeReader
-from genssd.engine.calls.session import Session
 from genssd.engine.checkpoints.checkpoint import fingerprint
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
@@ -20,7 +19,6 @@ from genssd.engine.common.options_check import check_arguments
 from genssd.engine.common.usage import CacheUse, Usage
 from genssd.engine.host.threads import effective_threads
 from genssd.engine.models.launches import LaunchRecord, describe_launches
-from genssd.engine.models.sampling import Sampling
 from genssd.engine.readers.pair_prompts import PairPrompt
 from genssd.engine.readers.reading import Reader
 from genssd.engine.readers.thinking_pair import ThinkingPair, compare_thinking
@@ -41,8 +39,6 @@ class LoadedEngine:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._branch_sessions: dict[Sampling, Session] = {}
-        self._student_sessions: dict[Sampling, Session] = {}
 
     def __repr__(self) -> str:
         urls = [f"teacher={one.served.url}" for one in self._resources.list_teachers() if one.served is not None]

@@ -106,8 +106,8 @@ class Branch:
     """Hidden states of the writing model that predict the chunk's tokens, where its most likely tokens are kept."""
     chunk_topk: list[tuple[list[int], list[float]]] = field(default_factory=list, repr=False)
     """Ids and log-probabilities of a server's most likely tokens at each token of the chunk, where they are kept."""
-    substituted: int = 0
-    """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
+    substituted: list[int] = field(default_factory=list)
+    """Places in the chunk of tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
     is_drifted: bool = False
     """Whether the student's tokens of the whole response are others than those that it read chunk by chunk."""
     ended: Ending | None = None

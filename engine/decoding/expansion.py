@@ -125,7 +125,8 @@ class Writing:
         """End the candidate at a stop string, and cut it off unless it is included.
 
         The first of the tokens that keep the beginning of a token has its log-probability, the others, which are
-        certain then, 0. Where the most likely tokens are kept, there is one such token at most.
+        certain then, 0; whoever wrote the token wrote these. Where hidden states or the most likely tokens are kept,
+        there is one such token at most.
         """
         child = self.child
         child.ended, child.stop_reason = "stopped", match.text
@@ -138,6 +139,8 @@ class Writing:
         for values in (child.chunk_writer_logprob, child.chunk_states, child.chunk_topk):
             del values[match.num_kept + bool(head) :]
         child.chunk[match.num_kept :] = head
+        by_student = set(child.substituted)
+        child.substituted = [place for place in range(len(child.chunk)) if min(place, match.num_kept) in by_student]
         child.chunk_writer_logprob += [0.0] * (len(head) - 1)
 
 

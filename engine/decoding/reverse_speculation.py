@@ -43,7 +43,7 @@ class ReverseSpeculativeDrawing:
         self._vocabulary = vocabulary
 
     def draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> Drawn:
-        """Draw a token for every candidate; count those that the student writes in `Branch.substituted`."""
+        """Draw a token for every candidate; `Branch.substituted` gets the places of those that the student writes."""
         device = self.writer.decoder.device
         source_C = source_C.to(device)
         teacher_logits_CV = self.writer.logits(hidden_of(self.writer, lanes))[source_C]
@@ -62,7 +62,7 @@ class ReverseSpeculativeDrawing:
             logits_RV = self._student.logits(student_hidden_CD[refused_R])
             tokens_C[refused_R] = self._draw(self._student, logits_RV, rows, self._rules.tries, self._rules.student)
             for lane in rows:
-                lane.branch.substituted += 1
+                lane.branch.substituted.append(len(lane.branch.chunk))
         return Drawn(tokens_C.tolist(), logprob_of(teacher_logits_CV, tokens_C).tolist())
 
     def _draw(

@@ -37,10 +37,16 @@ class StudentChunkReader:
     def score(self, complete: Sequence[Expansion], room: Callable[[Expansion], StudentRoom] | None = None) -> None:
         """Set reading, statistics and the teacher's log-probabilities of all candidates, in one pass of the teacher.
 
-        The candidates' parents must be in the teacher's cache. room: not asked, as the candidates have as many tokens
-        as were reserved for them. Raises NumericsError where logits are NaN or infinite.
+        The candidates' parents must be in the teacher's cache. A candidate of which a stop string has left no token
+        keeps no statistics. room: not asked, as the candidates have as many tokens as were reserved for them. Raises
+        NumericsError where logits are NaN or infinite.
         """
-        scored = [(expansion, child) for expansion in complete for child in expansion.children]
+        children = [(expansion, child) for expansion in complete for child in expansion.children]
+        for _, child in children:
+            child.reading = Reading(ids=tuple(child.chunk))
+        scored = [(expansion, child) for expansion, child in children if child.chunk]
+        if not scored:
+            return
         paths = [fork_path(self.runner, expansion.parent, child) for expansion, child in scored]
         states = self.runner.extend(paths, [child.chunk for _, child in scored])
         read: list[TokenRun] = []
@@ -65,5 +71,4 @@ class StudentChunkReader:
         for (_, child), teacher, student in zip(scored, of_teacher, of_student, strict=True):
             child.chunk_writer_logprob = teacher.logprob.tolist()
             child.stats = student
-            child.reading = Reading(ids=tuple(child.chunk))
             self._usage.scored_tokens += len(student)

@@ -57,6 +57,11 @@ class ThreadChoice:
     count: int
     reason: str
 
+    @property
+    def is_of_user(self) -> bool:
+        """Whether the user has decided the number."""
+        return self.reason in (REQUESTED, VARIABLE)
+
     def __str__(self) -> str:
         return f"computing with {self.count} thread{'s' if self.count > 1 else ''} ({self.reason})"
 
@@ -92,7 +97,7 @@ def choose_training_threads(
     InputError as `choose_engine_threads` does.
     """
     choice = choose_engine_threads(requested, cores=cores, environment=environment)
-    if choice.reason in (REQUESTED, VARIABLE):
+    if choice.is_of_user:
         return choice
     processes = _positive(environment.get("LOCAL_WORLD_SIZE", "1")) or 1
     count, useful = max(1, choice.count // processes), max(1, parameters * examples // WORK_PER_THREAD)
@@ -154,7 +159,7 @@ _announced: list[ThreadChoice] = []
 
 
 def announce(choice: ThreadChoice) -> None:
-    """Log how many threads compute, unless the last line said the same."""
-    if _announced[-1:] != [choice]:
+    """Log how many threads compute, unless the last line had the same number."""
+    if [last.count for last in _announced] != [choice.count]:
         _announced[:] = [choice]
         logger.info("%s", choice)

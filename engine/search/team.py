@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from genssd.engine.calls.session import Session
 from genssd.engine.common.errors import InputError
-from genssd.engine.common.model_choices import Role
+from genssd.engine.common.model_choices import BOTH
 from genssd.engine.criteria.criterion import AnyCriterion
 from genssd.engine.decoding.any_expander import AnyExpander
 from genssd.engine.decoding.branch import Branch
@@ -25,8 +25,6 @@ from genssd.engine.search.views import Views
 from genssd.engine.setup.resources import EncodedPrompt, Resources
 from genssd.engine.texts.stops import StopStrings
 from genssd.engine.texts.text import Prompt
-
-BOTH: tuple[Role, Role] = ("teacher", "student")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.byte_tokenizers import KINDS, SPECIAL, TEXTS, build
+from support.byte_tokenizers import KINDS, TEXTS, build
+from support.stop_strings import find_by_hand, save_words, substrings, text_of
 from support.stub_server import StubServer
 from support.toys import save_markov, token_of
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StopStringCriteria
@@ -28,26 +29,6 @@ from genssd.engine.texts.text_stream import REPLACEMENT, open_stream
 
 PROMPTS = [TEXTS[0][:50], "Step 1:", "\tif x", "So 3"]
 FREE = Sampling(temperature=1.0)
-
-
-def find_by_hand(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> tuple[int, int] | None:
-    """The number of tokens with which the text first holds a stop string, and the place of the first one in it."""
-    for count in range(1, len(ids) + 1):
-        text = str(tokenizer.hf.decode(list(ids[:count])))
-        places = [place for stop in stops if (place := text.find(stop)) >= 0]
-        if places:
-            return count, min(places)
-    return None
-
-
-def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return str(tokenizer.hf.decode(list(ids)))
-
-
-def substrings(text: str, lengths: Sequence[int]) -> list[str]:
-    """Parts of a text that hold no broken character, from its middle on."""
-    parts = [text[i : i + n] for n in lengths for i in range(len(text) // 3, len(text) - n, 7)]
-    return [part for part in parts if REPLACEMENT not in part and part.isascii() and "<" not in part]
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +91,6 @@ def test_is_open_says_that_the_next_token_may_complete_a_string(tokenizers: dict
     search.find(first)
     assert search.is_open  # the first byte of a character that begins a string
     assert StopStrings(texts=("aab", "答x")).slack == len("答x".encode()) - 1
-
-
-def save_words(directory: Path, kind: str, seed: int) -> Path:
-    """Write a model that writes seven words of several letters each, and seldom the end, in the tokenizer of a kind."""
-    backend = build(kind, size=700)
-    words = sorted(
-        (i for word, i in backend.get_vocab().items() if len(word) > 2 and word.isascii() and word.isprintable()),
-        key=lambda i: (i * 7919 + seed) % 997,
-    )
-    tokens = [*[i for i in words if "<" not in backend.id_to_token(i)][:7], backend.token_to_id(SPECIAL[0])]
-    logits = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
-    logits[:, 7] = -4.0
-    save_markov(directory, tokens, logits, vocab_size=backend.get_vocab_size() + 3, eos_token_id=tokens[7])
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[0]).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +352,43 @@ def test_strings_that_cannot_be_searched_are_refused(engine: Engine, stop: Any, 
             call()
 
 
-def test_reverse_speculation_takes_none(engine: Engine) -> None:
-    with pytest.raises(InputError, match="stop is for a model that writes alone"):
-        engine.generate(["a"], stop=("b",), rsd=ReverseSpeculation())
+@pytest.mark.parametrize("include", [False, True])
+def test_reverse_speculation_ends_where_the_definition_says(tmp_path: Path, include: bool) -> None:
+    """The same draws as without strings, cut at the first one; so are the tokens that the student wrote."""
+    teacher = save_words(tmp_path / "teacher", "qwen", 1)
+    student = save_words(tmp_path / "student", "qwen", 1, logits_seed=5)
+    engine = Engine.from_pretrained(teacher, student, dtype="float32", memory_bytes=1 << 22)
+    tokenizer = engine.tokenizer("teacher")
+    shared: dict[str, Any] = {"sampling": FREE, "rsd": ReverseSpeculation(top=2, tries=2)}
+    num_headed = num_written = num_checked = 0
+    for prompt in PROMPTS:
+        ((whole,),) = engine.generate([prompt], max_tokens=30, **shared)
+        by_student = [0]
+        for length in range(1, len(whole.token_ids) + 1):
+            ((part,),) = engine.generate([prompt], max_tokens=length, **shared)
+            assert part.token_ids == whole.token_ids[:length]
+            by_student.append(part.substituted)
+        for stop in substrings(whole.text, (1, 2, 3, 5))[:5]:
+            expected = find_by_hand(tokenizer, whole.token_ids, [stop])
+            assert expected is not None
+            count, place = expected
+            text = text_of(tokenizer, whole.token_ids[:count])
+            ((cut,),) = engine.generate(
+                [prompt], max_tokens=30, stop=("never seen", stop), include_stop=include, **shared
+            )
+            assert cut.text == (text if include else text[:place])
+            assert (cut.status, cut.stop_reason) == ("finished", stop)
+            same = next(
+                (i for i, (a, b) in enumerate(zip(cut.token_ids, whole.token_ids, strict=False)) if a != b),
+                len(cut.token_ids),
+            )
+            of_cut_token = (len(cut.token_ids) - same) * (by_student[min(same + 1, count)] - by_student[same])
+            assert cut.substituted == by_student[same] + of_cut_token
+            assert len(cut.logprob) == len(cut.token_ids)
+            assert cut.logprob[: same + 1] == pytest.approx(whole.logprob[: same + 1][: len(cut.logprob)])
+            num_headed += same < len(cut.token_ids)
+            num_written += cut.substituted
+            num_checked += 1
+    assert num_checked >= 12
+    assert num_written
+    assert include or num_headed

@@ -114,7 +114,7 @@ class DeadlyLeafWork(LeafWork):
 def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Engine, Any]]:
     models = {"teacher": str(pair.teacher), "student": str(pair.student)}
     items = [place for place in range(len(PROBLEMS)) if place != 6]
-    generate = GenerateConfig(**models, data="x", n=2, max_tokens=12, teacher_states="bfloat16")
+    generate = GenerateConfig(**models, data="x", max_tokens=12, teacher_states="bfloat16")
     relay = Relay(threshold=2.0, teacher="chunk", chunk=Chunk(tokens=4))
     evaluate = EvaluateConfig(model=models["student"], data="x", samples=2, max_tokens=12)
     two_writers: dict[str, Any] = {**models, "data": "x", "n": 2, "max_tokens": 12}

@@ -97,7 +97,7 @@ def make_small_runs(pair: TinyPair, directory: Path) -> dict[str, SmallRun]:
         ("select", select, lambda c: run_select(c, engine)),
         (
             "generate",
-            GenerateConfig(**models, data=data, n=2, max_tokens=4, teacher_states="float32", **small),
+            GenerateConfig(**models, data=data, max_tokens=4, teacher_states="float32", **small),
             lambda c: run_generate(c, engine),
         ),
         ("score", ScoreConfig(student=models["student"], data=(rows,), **small), lambda c: run_score(c, engine)),

@@ -31,8 +31,12 @@ function plot({ width = 460, height = 230, x, y, yLabel = "", xLabel = "", hasY 
   return { svg, toX, toY };
 }
 
+function legendItem(name, colour) {
+  return make("span", { className: "item" }, make("span", { className: "dot", style: { background: colour } }), ` ${name}`);
+}
+
 function legend(items) {
-  return make("p", { className: "legend" }, ...items.flatMap(([name, colour]) => [make("span", { className: "dot", style: { background: colour } }), ` ${name} `]));
+  return make("p", { className: "legend" }, ...items.flatMap(([name, colour]) => [legendItem(name, colour), " "]));
 }
 
 /** Return the distribution of one criterion's scores, kept against dropped. */
@@ -74,10 +78,12 @@ function drawCurves(metric, trainings) {
   const all = lines.flatMap(([, points]) => points);
   const range = (i) => [Math.min(...all.map((p) => p[i])), Math.max(...all.map((p) => p[i]))];
   const y = range(1);
+  y[1] += 0.08 * (y[1] - y[0]); // the name of the axis stands above the curves
   const { svg, toX, toY } = plot({ x: range(0), y: y[0] === y[1] ? [y[0] - 0.5, y[1] + 0.5] : y, xLabel: "step", yLabel: metric });
+  const few = lines.every(([, points]) => points.length < 30);
   for (const [, points, colour] of lines) {
     svg.append(makeSvg("path", { d: points.map(([a, b], i) => `${i ? "L" : "M"}${toX(a)} ${toY(b)}`).join(""), class: "curve", style: `stroke:${colour}` }));
-    if (points.length < 30) for (const [a, b] of points) svg.append(makeSvg("circle", { cx: toX(a), cy: toY(b), r: 2.4, style: `fill:${colour}` }));
+    if (few) for (const [a, b] of points) svg.append(makeSvg("circle", { cx: toX(a), cy: toY(b), r: 2.4, style: `fill:${colour}` }));
   }
   const node = figure(`${metric} over optimizer steps`, svg, ["run", "step", metric], lines.flatMap(([name, points]) => points.map(([a, b]) => [name, a, format(b, 4)])));
   node.querySelector("svg").after(legend(lines.map(([name, , colour]) => [name, colour])));

@@ -49,7 +49,7 @@ function drawScoreSection(searches) {
   const scores = searches.flatMap((s, i) => Object.entries(s.figures.criteria).filter(([name, c]) => c.scores && (c.scores.counts[1] || name === s.criterion))
     .sort(([a], [b]) => (b === s.criterion) - (a === s.criterion))
     .map(([name, c]) => [i, drawScores(name, c.scores, name === s.criterion)]));
-  const nodes = [make("p", { className: "note" }, "Kept: the candidates that became part of a response. Dropped: all others. The bars at the ends hold the 2.5 % of the scores on either side as well. ", make("span", { className: "dot", style: { background: "var(--good)" } }), " kept ", make("span", { className: "dot", style: { background: "var(--pruned)" } }), " dropped")];
+  const nodes = [make("p", { className: "note" }, "Kept: the candidates that became part of a response. Dropped: all others. The bars at the ends hold the 2.5 % of the scores on either side as well. ", legendItem("kept", "var(--good)"), " ", legendItem("dropped", "var(--pruned)"))];
   searches.forEach((_, i) => {
     const own = scores.filter(([run]) => run === i).map(([, node]) => node);
     if (searches.length > 1) nodes.push(make("h3", {}, state.names[i]));
@@ -70,11 +70,12 @@ function drawTrainings(trainings) {
   if (!trainings.length) return;
   const names = shorten(trainings.map((t) => t.name));
   const named = trainings.map((t, i) => ({ ...t, name: names[i] }));
-  const metrics = [...new Set(named.flatMap((t) => Object.keys(t.curves)))];
+  const isLoss = (metric) => metric === "cross_entropy" && named.every((t) => JSON.stringify(t.curves[metric]) === JSON.stringify(t.curves.loss));
+  const metrics = [...new Set(named.flatMap((t) => Object.keys(t.curves)))].filter((metric) => !isLoss(metric));
   fillSection("training", metrics.length ? make("div", { className: "figures" }, ...metrics.map((metric) => drawCurves(metric, named))) : make("p", { className: "note" }, "No step has been logged yet."));
 }
 
-function drawEvaluations(evaluations, differing) {
+function drawEvaluations(evaluations, differing, total) {
   if (!evaluations.length) return;
   const names = shorten(evaluations.map((e) => e.name));
   const rows = evaluations.map((e, i) => [names[i], `${whole(e.problems)}${e.is_finished ? "" : " so far"}`, interval(e.accuracy), e.avg_at_k ? `${interval(e.avg_at_k)} (k = ${e.samples})` : "–",
@@ -82,12 +83,14 @@ function drawEvaluations(evaluations, differing) {
   const items = evaluations.flatMap((e, i) => [[names[i], e.accuracy], [`${names[i]}, avg@${e.samples}`, e.avg_at_k]]).filter(([, estimate]) => estimate);
   const nodes = [drawTable(["model", "problems", "greedy accuracy, 95 % interval", "avg@k", `less ${names[0]}, same problems`, "tokens per response", "cut off"], rows)];
   if (items.length) nodes.push(drawIntervals("Accuracy with 95 % intervals", items));
-  if (differing.length) nodes.push(drawDiffering(names, differing));
+  if (differing.length) nodes.push(drawDiffering(names, differing, total));
   fillSection("accuracy", ...nodes);
 }
 
-function drawDiffering(names, differing) {
-  const details = make("details", {}, make("summary", {}, `${count(differing.length, "problem")} on which the models differ`));
+/** Return the problems on which the models differ: the first ones of `total`, the others are only counted. */
+function drawDiffering(names, differing, total) {
+  const shown = differing.length < total ? ` (the first ${whole(differing.length)} are listed)` : "";
+  const details = make("details", {}, make("summary", {}, `${count(total, "problem")} on which the models differ${shown}`));
   details.addEventListener("toggle", () => {
     if (details.children.length > 1) return;
     details.append(...differing.map((p) => make("div", { className: "problem" }, make("p", { className: "asked", dir: "auto" }, visible(p.question)), make("p", { className: "answer" }, "reference answer ", make("b", {}, visible(String(p.answer)))),

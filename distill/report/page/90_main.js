@@ -87,7 +87,7 @@ async function start() {
   drawScoreSection(overview.searches.filter((s) => s.figures.prompts));
   drawCriteria(overview.searches);
   drawTrainings(overview.trainings);
-  drawEvaluations(overview.evaluations, overview.differing);
+  drawEvaluations(overview.evaluations, overview.differing, overview.num_differing);
   for (const link of document.querySelectorAll("nav a")) link.hidden = document.querySelector(link.getAttribute("href")).hidden;
   byId("loading").remove();
   document.documentElement.dataset.ready = "yes";

@@ -24,6 +24,7 @@ def runs(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     beam = dataclasses.replace(search, output_dir=str(base / "beam"), beam=2, selection_temperature=50.0)
     run_select(beam, tiny_pair.engine)
     small = make_small_runs(tiny_pair, base)
-    small["generate"].run(base / "generate")
+    several = dataclasses.replace(small["generate"].config, n=2, teacher_states=None)
+    dataclasses.replace(small["generate"], config=several).run(base / "generate")
     small["distill"].run(base / "distill")
     return Runs(select=base / "select", beam=base / "beam", generate=base / "generate", distill=base / "distill")

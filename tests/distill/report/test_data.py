@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.answers.intervals import paired_difference
 from genssd.distill.report.config import ReportConfig
+from genssd.distill.report.evaluations import MAX_CHARACTERS, MAX_PROBLEMS, ReadEvaluation, list_differing
 from genssd.distill.report.figures import BINS, describe_scores
 from genssd.distill.report.run import ReportSummary, run_report
 from genssd.distill.select.reselect import run_reselect
@@ -189,6 +191,22 @@ def test_rounds_show_curves_and_accuracy(runs: Runs, tmp_path: Path) -> None:
     assert first["difference"] is None
     assert second["difference"] == dataclasses.asdict(expected)
     assert second["common"] == len(keys) == 3
+
+
+def test_problems_on_which_models_differ_are_all_counted() -> None:
+    def evaluated(right: Callable[[int], bool]) -> ReadEvaluation:
+        rows = {f"q{i}": {"correct": right(i), "response": "x" * 2000, "answer": str(i)} for i in range(350)}
+        return ReadEvaluation(found=None, rows=rows)  # type: ignore[arg-type]
+
+    evaluations = [evaluated(lambda i: i % 2 == 0), evaluated(lambda i: i % 4 == 0)]
+    listed, total = list_differing(evaluations)
+    differing = [i for i in range(350) if i % 4 == 2]
+    assert total == len(differing) == 87
+    assert [one["question"] for one in listed] == [f"q{i}" for i in differing]
+    listed, total = list_differing([*evaluations, evaluated(lambda i: i % 3 == 0)])
+    assert total > len(listed) == MAX_PROBLEMS
+    assert [result[0] for result in listed[0]["of"]] == [True, False, False]
+    assert {len(result[1]) for one in listed for result in one["of"]} == {MAX_CHARACTERS}
 
 
 def test_a_distribution_counts_every_finite_score_once() -> None:

@@ -73,7 +73,7 @@ ALWAYS = {
     | {"node_weights", "weights_loss"},
     "train": TRAINING | CHAT
     | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"}
-    | {"push_to_hub"},
+    | {"overwrite", "push_to_hub"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
     | {"teacher", "student", "data", "output_dir", "resume", "overwrite", "rounds", "prompts_per_round", "restart"}
     | {"require_correct", "eval_data", "threads", "processes", "devices", "push_to_hub"},

@@ -33,7 +33,7 @@ NOT_COUNTED = {
     | {"output_dir", "resume", "overwrite", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
     "reproduce": {"arms", "controls", "seeds", "output_dir", "resume", "table", "threads"},
-    "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
+    "train": {"device", "output_dir", "resume_from_checkpoint", "overwrite", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"push_to_hub"}
     | {"allow_eval_overlap"},  # a guard, which changes no result

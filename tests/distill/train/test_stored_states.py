@@ -46,7 +46,7 @@ def select(pair: TinyPair, write_rows: Write, out: Path, dtype: Any) -> Path:
 def generate(pair: TinyPair, write_rows: Write, out: Path, **options: Any) -> Path:
     config = GenerateConfig(
         teacher=str(pair.teacher), student=str(pair.student), data=str(write_rows(PROBLEMS, "problems.jsonl")),
-        output_dir=str(out), max_tokens=6, n=2, teacher_states="float32", **options,
+        output_dir=str(out), max_tokens=6, teacher_states="float32", **options,
     )  # fmt: skip
     run_generate(config, pair.engine)
     return out / "responses.jsonl"
@@ -79,6 +79,12 @@ def test_stored_states_are_those_of_transformers(
         assert place is not None
         expected = states_of(tiny_pair.teacher, row["prompt_ids"], row["completion_ids"])
         torch.testing.assert_close(place.read().double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_states_of_several_responses_are_refused() -> None:
+    message = r"n must be 1, not 3; the best of several .* --candidates 3 --chunk\.tokens 50 --teacher-states bfloat16"
+    with pytest.raises(InputError, match=message):
+        GenerateConfig(teacher="t", student="s", data="d", n=3, max_tokens=50, teacher_states="bfloat16")
 
 
 LOSSES: list[dict[str, Any]] = [

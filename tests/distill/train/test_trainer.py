@@ -339,8 +339,45 @@ def test_bad_checkpoints(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path)
 def test_a_finished_model_is_not_overwritten(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", max_steps=1)
     run_train(config)
-    with pytest.raises(InputError, match="holds a model already; choose another output_dir"):
+    with pytest.raises(InputError, match="holds a model already; pass --overwrite to begin anew, or choose another"):
         run_train(config)
+    (tmp_path / "run" / "run.json").unlink()  # of nobody that we know: nothing in it is removed
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="holds a model already; choose another output_dir"):
+            run_train(dataclasses.replace(config, overwrite=overwrite))
+
+
+def test_overwrite_removes_an_earlier_training_and_begins_anew(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows(ROWS)
+    output_dir = tmp_path / "run"
+    earlier: dict[str, Any] = {"eval_data": (str(data),), "allow_eval_overlap": True, "eval_steps": 1}
+    run_train(config_for(tiny_pair, data, output_dir, max_steps=4, save_steps=1, use_peft=True, **earlier))
+    (output_dir / "notes.txt").write_text("mine")
+    (output_dir / "chat_template.jinja").write_text("of another tokenizer")
+    config = config_for(tiny_pair, data, output_dir, max_steps=2, seed=3, save_steps=2)
+    with pytest.raises(
+        InputError, match="holds checkpoint-4 of an earlier training; pass --resume-from-checkpoint last"
+    ):
+        run_train(config)
+    with pytest.raises(InputError, match="overwrite removes it: give one of them"):
+        dataclasses.replace(config, overwrite=True, resume_from_checkpoint="auto")
+    for model in (output_dir, output_dir / "best", output_dir / "checkpoint-3"):
+        with pytest.raises(InputError, match="overwrite would remove what the run reads: model_name_or_path"):
+            run_train(dataclasses.replace(config, overwrite=True, model_name_or_path=str(model)))
+    assert (output_dir / "best").is_dir()
+    assert (output_dir / "checkpoint-4").is_dir()
+    run_train(dataclasses.replace(config, overwrite=True))
+    fresh = config_for(tiny_pair, data, tmp_path / "fresh", max_steps=2, seed=3, save_steps=2)
+    run_train(fresh)
+    names = {str(path.relative_to(tmp_path / "fresh")) for path in (tmp_path / "fresh").rglob("*")}
+    assert {str(path.relative_to(output_dir)) for path in output_dir.rglob("*")} == names | {"notes.txt"}
+    assert (output_dir / "notes.txt").read_text() == "mine"
+    for name in ("model.safetensors", "config.json", "checkpoint-2/model.safetensors"):
+        assert (output_dir / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    assert [row["step"] for row in metrics(output_dir)] == [1, 2]
+    assert "--overwrite" not in (output_dir / "README.md").read_text()
 
 
 def test_resuming_an_earlier_checkpoint_forgets_the_later(
