@@ -220,16 +220,19 @@ def _starting_here(directory: Path, end: float) -> Iterator[None]:
     get_node, starts = services.get_node, (node.start_monitor, node.start_log_monitor)
     before = {name: os.environ.get(name) for name in START_SETTINGS}
 
-    def await_node(*arguments: Any) -> Any:
-        while True:
-            try:
-                return get_node(*arguments)
-            except RuntimeError:
-                if not any(RAYLET in command for _, command in _iter_processes(directory)):
-                    raise RayletEnded("the main process of its node ends while it starts") from None
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
+    def await_node(address: str, node_id: str) -> Any:
+        state = importlib.import_module("ray._private.state").GlobalState()
+        options = importlib.import_module("ray._raylet").GcsClientOptions
+        state._initialize_global_state(
+            options.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+        )
+        while not any(found["NodeID"] == node_id for found in state.node_table()):  # get_node itself waits for minutes
+            if not any(RAYLET in command for _, command in _iter_processes(directory)):
+                raise RayletEnded("the main process of its node ends while it starts")
+            if time.monotonic() > end:
+                raise RuntimeError("the node is not known to the head yet")
+            time.sleep(0.1)
+        return get_node(address, node_id)
 
     services.get_node = await_node
     node.start_monitor = node.start_log_monitor = lambda _: None
