@@ -42,10 +42,12 @@ START_SETTINGS = {
     "RAY_agent_register_timeout_ms": f"{START_TIME}000",
     "RAY_worker_register_timeout_seconds": f"{START_TIME}",
     "RAY_actor_graceful_shutdown_timeout_ms": "1000",
+    "RAY_worker_niceness": "0",
 }
 """Settings of the environment with which a cluster is started here. The first one keeps it at the loopback address, for
 which Ray would otherwise put one that other machines reach; the second one starts no workers that nothing needs yet;
-the last one ends actors whose command was killed; the others are its patience with its own processes."""
+the last two end actors whose command was killed, and let actors have the priority of the command, which on a busy
+machine the niceness of 15 that Ray gives them would starve; the others are its patience with its own processes."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""
