@@ -19,7 +19,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 # compiled modules are kept: tests start processes, and pytest rewrites the assertions of a file once
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check docs bench browser wheel wheels try-wheel sanitize clean
+.PHONY: demo test check docs bench browser ray wheel wheels try-wheel sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
@@ -43,6 +43,11 @@ docs: $(VENV)/.installed-dev
 browser: $(VENV)/.installed-dev
 	bash scripts/install_browser.sh
 	$(BIN)/pytest -rs tests/distill/report/test_browser.py
+
+# what runs on Ray itself, which is in no other target: a local cluster, actors, an object storage
+ray: $(VENV)/.installed-dev
+	$(PIP) install -q -c constraints.txt -e ".[ray]"
+	$(BIN)/pytest -n 0 tests/distill/pool/test_ray.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest bench -o python_files="bench_*.py" --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/kernels.json

@@ -3,8 +3,10 @@
     python -m bench.commands.processes [--teacher DIRECTORY --student DIRECTORY] --json bench/results/processes.json
 
 Pools of one worker with all threads, and of several that divide them, run the same search over problems of the small
-pair in turns, so that a change of the machine's load meets both. The models are loaded before the time begins. Memory
-is that of the workers alone after their last run: the anonymous part, which no two processes share.
+pair in turns, so that a change of the machine's load meets both. The models are loaded before the time begins. The
+processor time of the workers for a prompt depends little on the load: its ratio is what several cost, and bounds what
+they can gain where all cores are busy. Memory is that of the workers alone after their last run: the anonymous part,
+which no two processes share.
 """
 
 from __future__ import annotations
@@ -58,6 +60,15 @@ def read_anonymous_bytes(pid: int) -> int:
     return int(match[1]) * 1024
 
 
+def read_processor_seconds(pool: ProcessPool[Engine]) -> float:
+    """Return the processor time of all threads of a pool's workers so far."""
+    ticks = 0
+    for worker in pool._workers:
+        fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default=str(PAIR / "teacher"), help="directory of the teacher")
@@ -78,15 +89,17 @@ def main() -> None:
         threshold=None, data="", teachers=[options.teacher], student=options.student,
     )  # fmt: skip
     rates: dict[int, list[float]] = {size: [] for size in SIZES}
+    costs: dict[int, list[float]] = {size: [] for size in SIZES}
     with ExitStack() as stack:
         pools = {size: stack.enter_context(open_pool(options, size, cores)) for size in SIZES}
         for pool in pools.values():
             pool.open()
         for _ in range(options.rounds):
             for size, pool in pools.items():
-                started = time.perf_counter()
+                started, before = time.perf_counter(), read_processor_seconds(pool)
                 count = sum(1 for _ in pool.run(work))
                 rates[size].append(round(count / (time.perf_counter() - started), 3))
+                costs[size].append(round((read_processor_seconds(pool) - before) / count, 4))
         memory = {
             size: [
                 read_anonymous_bytes(worker.process.pid) for worker in pool._workers if worker.process.pid is not None
@@ -96,6 +109,7 @@ def main() -> None:
     for size in SIZES:
         total = sum(memory[size]) / 2**20
         print(f"{size} workers: {statistics.median(rates[size]):.2f} prompts/s {rates[size]}, {total:.0f} MiB")
+        print(f"  {statistics.median(costs[size]):.3f} s of processor time for a prompt {costs[size]}")
     ratio = statistics.median(b / a for a, b in zip(rates[SIZES[0]], rates[SIZES[1]], strict=True))
     print(f"ratio {ratio:.2f}")
     if options.json:
@@ -104,8 +118,9 @@ def main() -> None:
             f"--rounds {options.rounds}"
         )
         result = {
-            "command": command, "load_before": load, **describe_machine(cores), "prompts_per_second": rates,
-            "median_ratio": round(ratio, 3), "anonymous_bytes": memory,
+            "command": command, "load_before": load, "load_after": os.getloadavg()[0], **describe_machine(cores),
+            "prompts_per_second": rates, "median_ratio": round(ratio, 3),
+            "processor_seconds_per_prompt": costs, "anonymous_bytes": memory,
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -65,6 +65,7 @@ from genssd.engine.texts.chat_options import ChatOptions
 
 PAIR = Path(next(iter(small_pair.__path__)))
 CANDIDATES = 4
+CHUNK = Chunk(tokens=16, until=None)
 AT_ONCE = 64
 """Number of prompts that a device has at a time."""
 TOKENS_PER_SECOND = 16_036
@@ -154,7 +155,7 @@ def make_template(tokens: int) -> SearchedPrompt:
         prompt=[{"role": "user", "content": question.question}], answer=question.answer, line=1, where="x", index=0
     )
     engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=1 << 26, device="cpu")
-    options = SearchOptions(candidates=CANDIDATES, chunk=Chunk(tokens=16, until=None), max_tokens=96)
+    options = SearchOptions(candidates=CANDIDATES, chunk=CHUNK, max_tokens=96)
     work = SearchWork(
         problems=[problem], items=[0], options=options, threshold=None, data="x", teachers=["t"], student="s"
     )
@@ -206,7 +207,7 @@ def measure(
     output_dir = root / f"run-{devices}-{prompts}-{seconds}"
     config = SelectConfig(
         teacher=str(PAIR / "teacher"), student=str(PAIR / "student"), data=str(data), output_dir=str(output_dir),
-        candidates=CANDIDATES, max_tokens=4096, processes=devices, threads=devices, device="cpu",
+        candidates=CANDIDATES, chunk=CHUNK, max_tokens=4096, processes=devices, threads=devices, device="cpu",
         total_budget=Budget(tokens=1 << 60),
     )  # fmt: skip
 

@@ -1,8 +1,9 @@
-"""Data files of a directory or an object storage, read through Ray Data on the nodes of a cluster.
+"""Data files of a directory or an object storage, whose bytes the one opener of data files (rows.py) reads.
 
-Ray Data fetches the files, many at a time: of a Parquet file the rows, of every other file the bytes, which the one
-opener of data files (rows.py) then reads as it reads a local file, compressed or not. Every row keeps the name of its
-file and its number there.
+Files of a directory are opened here, those of an object storage are fetched by Ray Data on the nodes of a cluster, many
+at a time. Every row keeps the name of its file and its number there. Ray Data fetches bytes, of tables as well: its
+reader of Parquet lists files in several threads, each of which tries to import an optional package (aiohttp, through
+fsspec), and where that is missing, a thread that meets the failing import of another one ends the reading.
 """
 
 from __future__ import annotations
@@ -13,18 +14,15 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from genssd.distill.files.cluster_files import ClusterRow
-from genssd.distill.files.rows import SUFFIXES, read_stream
-from genssd.distill.files.tables import BATCH_ROWS, encode_batches
+from genssd.distill.files.rows import SUFFIXES, open_data_file, read_stream
 from genssd.engine.common.errors import InputError
 from genssd.engine.common.quoting import one_line
 
 PATH = "path"
 """Column in which Ray Data puts the name of a row's file."""
-LOCAL_SCHEME = "local://"
-"""Scheme with which Ray Data reads files of the machine of the command on that machine, and not on any node."""
 HIDDEN = ("_", ".")
 """Beginnings of the names of files that hold no rows, such as _SUCCESS."""
 
@@ -45,6 +43,8 @@ class RayRows:
 
     def _load(self, name: str) -> Sequence[ClusterRow]:
         files = list_files(name)
+        if os.path.isdir(name):
+            return [row for file in files for row in _read_file(file)]
         self._connect()
         data = importlib.import_module("ray.data")
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # which the import sets anew
@@ -52,35 +52,27 @@ class RayRows:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        tables = [file for file in files if _suffix(file) == ".parquet"]
-        others = [file for file in files if _suffix(file) != ".parquet"]
         rows: dict[str, list[ClusterRow]] = {}
         try:
-            if tables:
-                for batch in data.read_parquet(tables, include_paths=True).iter_batches(
-                    batch_size=None, batch_format="pyarrow"
-                ):
-                    _add_table(rows, batch, files)
-            if others:
-                for row in data.read_binary_files(others, include_paths=True).iter_rows():
-                    file = _find_file(row[PATH], files)
-                    rows[file] = list(_decode(row["bytes"], file))
+            for row in data.read_binary_files(files, include_paths=True).iter_rows():
+                file = _find_file(row[PATH], files)
+                rows[file] = list(_decode(io.BytesIO(row["bytes"]), file))
         except InputError:
             raise
         except Exception as error:  # those of file systems and of Ray have no common base
             raise InputError(f"{name} cannot be read through Ray Data: {_shorten(error)}") from None
-        return [row for file in files for row in rows.get(file, ())]
+        return [row for file in files for row in rows[file]]
 
 
 def list_files(name: str) -> list[str]:
-    """Return the data files of a directory or a URL, in order, each as Ray Data takes it.
+    """Return the data files of a directory or a URL, in order: paths, or URLs as Ray Data takes them.
 
     Raises InputError where there is none, or where the place cannot be reached.
     """
     from pyarrow import fs
 
     is_local = os.path.isdir(name)
-    scheme = LOCAL_SCHEME if is_local else f"{name.partition('://')[0]}://"
+    scheme = "" if is_local else f"{name.partition('://')[0]}://"
     try:
         system, path = (
             (fs.LocalFileSystem(), os.path.abspath(name)) if is_local else fs.FileSystem.from_uri(name.rstrip("/"))
@@ -105,40 +97,21 @@ def _holds_rows(path: str) -> bool:
     return file.suffix in SUFFIXES and not file.name.startswith(HIDDEN)
 
 
-def _suffix(file: str) -> str:
-    return PurePosixPath(file).suffix.lower()
-
-
 def _find_file(path: str, files: Sequence[str]) -> str:
     """Return the file that Ray Data calls `path`, with or without its scheme."""
     return next(file for file in files if path in (file, file.partition("://")[2]))
 
 
-def _shown(file: str) -> str:
-    """Return the name of a file for messages."""
-    return file.removeprefix(LOCAL_SCHEME)
+def _read_file(file: str) -> Iterator[ClusterRow]:
+    """Yield the rows of a file of this machine. Raises InputError as `read_rows` does."""
+    with open_data_file(file) as stream:
+        yield from _decode(stream, file)
 
 
-def _add_table(rows: dict[str, list[ClusterRow]], table: Any, files: Sequence[str]) -> None:
-    """Add the rows of a block, which may be of several files, to those of their files."""
-    paths = table[PATH].to_pylist()
-    table = table.drop_columns([PATH])
-    start = 0
-    while start < len(paths):
-        end = next((i for i in range(start, len(paths)) if paths[i] != paths[start]), len(paths))
-        file = _find_file(paths[start], files)
-        own = rows.setdefault(file, [])
-        part = table.slice(start, end - start)
-        batches = part.to_batches(max_chunksize=BATCH_ROWS)
-        for _, text in encode_batches(batches, _shown(file)):
-            own.append(ClusterRow(file=_shown(file), unit="row", number=len(own) + 1, text=text))
-        start = end
-
-
-def _decode(content: bytes, file: str) -> Iterator[ClusterRow]:
+def _decode(stream: BinaryIO, file: str) -> Iterator[ClusterRow]:
     """Yield the rows in the bytes of a file. Raises InputError as `read_rows` does."""
-    for unit, number, text in read_stream(io.BytesIO(content), _shown(file), file):
-        yield ClusterRow(file=_shown(file), unit=unit, number=number, text=text)
+    for unit, number, text in read_stream(stream, file, file):
+        yield ClusterRow(file=file, unit=unit, number=number, text=text)
 
 
 def _shorten(error: Exception) -> str:

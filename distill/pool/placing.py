@@ -16,7 +16,9 @@ from genssd.engine.setup.memory import choose_device
 
 MAX_PROCESSES = 256
 ALL = "all"
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE, VISIBLE_HIP = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+"""Variables of the environment that name the devices that a process sees. ROCm reads the first one as well, but only
+where the second one is not set, as SLURM sets it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class Place:
     threads: int
     """Number of CPU threads that compute."""
     visible_device: str | None = None
-    """The only device that the worker sees, as in CUDA_VISIBLE_DEVICES; None on a CPU."""
+    """The only device that the worker sees, as `name_visible_variable` names it; None on a CPU."""
     memory: int | None = None
     """Bytes of memory that it may take; None on a GPU."""
 
@@ -36,6 +38,11 @@ class Place:
     def is_instance(self) -> bool:
         """Whether the device is a MIG instance, a part of a GPU. A process sees one, and NCCL joins none."""
         return self.visible_device is not None and self.visible_device.upper().startswith("MIG")
+
+
+def name_visible_variable() -> str:
+    """Return the variable by which a process is given its devices, whatever else its environment has."""
+    return VISIBLE_HIP if torch.version.hip else VISIBLE
 
 
 def check_numbers(processes: int | None, devices: str | None) -> None:
@@ -87,12 +94,15 @@ def choose_gpus(
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not found:
         raise InputError("devices names GPUs, and torch finds none here; processes divides the cores of a CPU")
-    visible = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
+    variable = name_visible_variable()
+    if variable not in environment:
+        variable = VISIBLE
+    visible = [name.strip() for name in environment.get(variable, "").split(",") if name.strip()]
     if any(name.upper().startswith("MIG") for name in visible):
         found = len(visible)
     elif visible and found > len(visible):
         raise InputError(
-            f"{VISIBLE} names {format_count(len(visible), 'device')}, and torch found {found} before it did: set it "
+            f"{variable} names {format_count(len(visible), 'device')}, and torch found {found} before it did: set it "
             "before the program starts"
         )
     numbers = list(range(found)) if devices == ALL else list(map(int, devices.split(",")))

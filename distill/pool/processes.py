@@ -50,7 +50,8 @@ class WorkerProcess(Worker):
 
     def describe_end(self) -> str:
         """Return what ended the process, which has ended, in words."""
-        return describe_end(self.process, self.reason)
+        device = self.recipe.visible_device
+        return f"{'' if device is None else f'on device {device} '}{describe_end(self.process, self.reason)}"
 
 
 class ProcessPool(WorkerPool[WorkerProcess, M]):

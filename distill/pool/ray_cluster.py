@@ -30,8 +30,10 @@ from genssd.engine.host.machine import available_cores
 EXTRA = "pip install 'genssd[ray]'"
 REMOVAL_TIME = 5.0
 """Seconds for which files are removed that processes which are ending still write."""
-START_TIME = 120
+START_TIME = 300
 """Seconds that the processes of a cluster have to start: a busy machine may need more than the half minute of Ray's."""
+RAYLET = b"/raylet/raylet"
+"""End of the name of the program that is a node's main process."""
 START_SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -40,10 +42,12 @@ START_SETTINGS = {
     "RAY_agent_register_timeout_ms": f"{START_TIME}000",
     "RAY_worker_register_timeout_seconds": f"{START_TIME}",
     "RAY_actor_graceful_shutdown_timeout_ms": "1000",
+    "RAY_worker_niceness": "0",
 }
 """Settings of the environment with which a cluster is started here. The first one keeps it at the loopback address, for
 which Ray would otherwise put one that other machines reach; the second one starts no workers that nothing needs yet;
-the last one ends actors whose command was killed; the others are its patience with its own processes."""
+the last two end actors whose command was killed, and let actors have the priority of the command, which on a busy
+machine the niceness of 15 that Ray gives them would starve; the others are its patience with its own processes."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""
@@ -166,15 +170,25 @@ class RayCluster:
             "_node_ip_address": LOOPBACK,
             "_temp_dir": str(self._temporary),
         }
-        try:
-            with _starting_here():
-                ray.init(**options, **quiet)
-        except Exception as error:  # Ray has no class of its own for this
-            ray.shutdown()
-            _end_processes(self._temporary)
-            raise WorkerError(
-                f"Ray could not be started here: {one_line(error)[:300]}; is the machine too busy, or its memory full?"
-            ) from None
+        end = time.monotonic() + START_TIME
+        while True:
+            try:
+                with _starting_here(self._temporary, end):
+                    ray.init(**options, **quiet)
+                return
+            except Exception as error:  # Ray has no class of its own for this
+                ray.shutdown()
+                _end_processes(self._temporary)
+                if isinstance(error, RayletEnded) and time.monotonic() < end:
+                    continue
+                raise WorkerError(
+                    f"Ray could not be started here: {one_line(error)[:300]}; is the machine too busy, or its memory "
+                    "full?"
+                ) from None
+
+
+class RayletEnded(Exception):
+    """The main process of a node has ended while it started. It gives one of its agents 15 s, whatever is set."""
 
 
 @contextmanager
@@ -193,27 +207,37 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 @contextmanager
-def _starting_here() -> Iterator[None]:
+def _starting_here(directory: Path, end: float) -> Iterator[None]:
     """Give Ray, which is imported already, and the processes that it starts, the settings of a start on this machine.
 
     For one wait Ray has no setting: half a minute from the start of its raylet until the head knows it is a number in
-    the code of its `Node`, and RAY_raylet_start_wait_time_s is for the workers of a raylet alone.
+    the code of its `Node`, and RAY_raylet_start_wait_time_s is for the workers of a raylet alone. Its processes for an
+    autoscaler and for lines of logs are not started: they would take time from those that are waited for.
+
+    directory: that of the cluster. end: time of the monotonic clock until which the start may take. In the block,
+    `ray.init` raises RayletEnded where the raylet has ended.
     """
     services: Any = importlib.import_module("ray._private.services")
-    get_node = services.get_node
+    node: Any = importlib.import_module("ray._private.node").Node
+    get_node, starts = services.get_node, (node.start_monitor, node.start_log_monitor)
     before = {name: os.environ.get(name) for name in START_SETTINGS}
-    end = time.monotonic() + START_TIME
 
-    def await_node(*arguments: Any) -> Any:
-        while True:
-            try:
-                return get_node(*arguments)
-            except RuntimeError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
+    def await_node(address: str, node_id: str) -> Any:
+        state = importlib.import_module("ray._private.state").GlobalState()
+        options = importlib.import_module("ray._raylet").GcsClientOptions
+        state._initialize_global_state(
+            options.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+        )
+        while not any(found["NodeID"] == node_id for found in state.node_table()):  # get_node itself waits for minutes
+            if not any(RAYLET in command for _, command in _iter_processes(directory)):
+                raise RayletEnded("the main process of its node ends while it starts")
+            if time.monotonic() > end:
+                raise RuntimeError("the node is not known to the head yet")
+            time.sleep(0.1)
+        return get_node(address, node_id)
 
     services.get_node = await_node
+    node.start_monitor = node.start_log_monitor = lambda _: None
     for name, value in START_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -221,6 +245,7 @@ def _starting_here() -> Iterator[None]:
             yield
     finally:
         services.get_node = get_node
+        node.start_monitor, node.start_log_monitor = starts
         for name, was in before.items():
             if was is None:
                 os.environ.pop(name, None)
@@ -248,13 +273,20 @@ def _remove(path: Path) -> None:
         time.sleep(0.02)
 
 
-def _end_processes(directory: Path) -> None:
-    """End the processes of this one that work in a directory: Ray leaves those of a start that has failed."""
+def _iter_processes(directory: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and command of the processes of this one that work in a directory and have not ended."""
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == os.getpid() and str(directory).encode() in (path / "cmdline").read_bytes():
-                os.kill(int(path.name), signal.SIGKILL)
+            if parent == os.getpid() and str(directory).encode() in (command := (path / "cmdline").read_bytes()):
+                yield int(path.name), command
+
+
+def _end_processes(directory: Path) -> None:
+    """End the processes of this one that work in a directory: Ray leaves those of a start that has failed."""
+    for pid, _ in _iter_processes(directory):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -30,6 +30,7 @@ from genssd.distill.pool.messages import (
     receive,
     send,
 )
+from genssd.distill.pool.placing import name_visible_variable
 from genssd.distill.pool.pool import Work
 from genssd.distill.pool.starting import describe_error
 from genssd.engine.common.errors import GenssdError
@@ -65,14 +66,14 @@ class Recipe(ABC, Generic[M_co]):
     """How a worker opens its models. It can be pickled."""
 
     visible_device: str | None = None
-    """The only CUDA device that the worker sees, as in CUDA_VISIBLE_DEVICES; None changes nothing."""
+    """The only GPU that the worker sees, by its number or UUID (placing.py); None changes nothing."""
     memory: int | None = None
     """Bytes of memory that the worker may take on a CPU; None for no limit of its own."""
 
     def open(self) -> M_co:
         """Load the models within what the worker is given. Raises the errors of `load`."""
         if self.visible_device is not None:  # torch has not asked for devices yet
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_device
+            os.environ[name_visible_variable()] = self.visible_device
         if self.memory is not None:
             limit_own_memory(self.memory)
         limit_torch_threads()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -39,7 +39,7 @@ from genssd.engine.search.budget import Budget, BudgetMeter
 logger = logging.getLogger("genssd.pool")
 
 MAX_FAILED_STARTS = 3
-"""Number of workers that may end one after the other while they load their models."""
+"""Number of workers that may end in one place, one after the other, while they load their models."""
 MAX_BARREN_ENDS = 24
 """Number of workers that may end one after the other without any item finished or given up between."""
 WAKE_INTERVAL = 0.25
@@ -62,6 +62,8 @@ class Worker(ABC):
         """Whether it has asked for an item and got none yet."""
         self.reason: str | None = None
         """Its own words on why it failed; None where it had none."""
+        self.failed_starts = 0
+        """Number of workers before it, in whose place it is, that ended one after the other while they loaded."""
 
     @abstractmethod
     def send(self, message: object) -> None:
@@ -95,8 +97,8 @@ class WorkerPool(ABC, Generic[W, M]):
         self._begin: Begin | None = None
         """The work that is being done."""
         self._results: deque[Result] = deque()
-        self._ends: Counter[str] = Counter()
-        """Number of workers that ended since one was ready ("starting") and since an item was done ("barren")."""
+        self._num_barren_ends = 0
+        """Number of workers that ended since an item was finished or given up."""
         self._logged: set[str] = set()
 
     @abstractmethod
@@ -130,7 +132,7 @@ class WorkerPool(ABC, Generic[W, M]):
         sampled_before = self.models.usage.sampled_tokens
         self._hand_out = HandOut(work.items)
         self._begin = self._make_begin(pickle.dumps(work, protocol=pickle.HIGHEST_PROTOCOL))
-        self._ends.clear()
+        self._num_barren_ends = 0
         for worker in self._workers:
             self._begin_work(worker)
         while not self._hand_out.is_over or self._results:
@@ -163,7 +165,7 @@ class WorkerPool(ABC, Generic[W, M]):
         if isinstance(message, Finished):
             if self._hand_out.finish(worker, message.number):
                 self._results.append((message.number, message.result))
-                self._ends.clear()
+                self._num_barren_ends = 0
         elif isinstance(message, Wanted):
             worker.wants = True
         elif isinstance(message, Counts):
@@ -190,7 +192,6 @@ class WorkerPool(ABC, Generic[W, M]):
             self._refuse(worker, Refused(InputError, difference))
             return
         worker.is_ready = True
-        self._ends["starting"] = 0
         self.models.add(worker, ready)
         self._begin_work(worker)
 
@@ -260,22 +261,32 @@ class WorkerPool(ABC, Generic[W, M]):
         num_held = self._hand_out.count_held(worker)
         given_up = self._hand_out.end(worker)
         self.models.remove(worker)
-        self._ends.update(["barren"] if worker.is_ready else ["starting", "barren"])
+        self._num_barren_ends += 1
         for number in given_up:
             reason = f"the worker that did nothing else {end}, the last of {MAX_ENDS}"
             self._results.append((number, Lost(reason=reason)))
-            self._ends.clear()
-        if self._ends["starting"] >= MAX_FAILED_STARTS:
-            raise WorkerError(
-                f"a {self.noun} {end} while it loaded the models, {MAX_FAILED_STARTS} times one after the other"
-            )
-        if self._ends["barren"] >= MAX_BARREN_ENDS:
+            self._num_barren_ends = 0
+        failed_starts = 0 if worker.is_ready else worker.failed_starts + 1
+        if failed_starts >= MAX_FAILED_STARTS:
+            self._leave_out(worker, f"{end} while it loaded the models, {failed_starts} times one after the other")
+            return
+        if self._num_barren_ends >= MAX_BARREN_ENDS:
             raise WorkerError(f"workers end again and again and nothing is finished: the last {self.noun} {end}")
         again = ""
         if num_held > len(given_up):
             again = f", and does {format_count(num_held, 'item')} again that it had begun"
         logger.warning("a %s %s; another one takes its place%s", self.noun, end, again)
-        self._workers[self._workers.index(worker)] = self._start(worker.recipe)
+        successor = self._start(worker.recipe)
+        successor.failed_starts = failed_starts
+        self._workers[self._workers.index(worker)] = successor
+
+    def _leave_out(self, worker: W, end: str) -> None:
+        """Go on without a worker in whose place none starts any more; raise WorkerError where it is needed."""
+        others = sum(other.is_ready for other in self._workers if other is not worker)
+        if not others or self._begin is None:
+            raise WorkerError(f"a {self.noun} {end}")
+        logger.warning("a %s %s; going on with %s", self.noun, end, format_count(others, "worker"))
+        self._workers.remove(worker)
 
     def _end_all(self) -> None:
         """End the workers, whose items are not wanted any more, and start no others."""

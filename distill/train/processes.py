@@ -19,7 +19,7 @@ from pathlib import Path
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
 from genssd.distill.pool.messages import Failed, Log, Refused, receive
-from genssd.distill.pool.placing import VISIBLE, Place
+from genssd.distill.pool.placing import Place, name_visible_variable
 from genssd.distill.pool.starting import describe_end, start_process
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig
@@ -56,7 +56,7 @@ def _list_variables(places: Sequence[Place], rank: int, port: int) -> dict[str, 
         "MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     visible = [place.visible_device for place in places if place.visible_device is not None]
-    return variables | ({VISIBLE: ",".join(visible)} if visible else {})
+    return variables | ({name_visible_variable(): ",".join(visible)} if visible else {})
 
 
 class _Processes:

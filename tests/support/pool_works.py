@@ -21,6 +21,7 @@ from genssd.distill.data.traces import read_usable_traces
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import EvaluationWork
 from genssd.distill.pool.pool import Work
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.score.features import ScoreWork
 from genssd.distill.score.leaf_work import GradientModels, LeafWork, find_spans
 from genssd.distill.score.prefix import PrefixWork
@@ -109,6 +110,18 @@ class DeadlyLeafWork(LeafWork):
             if item == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield item, find_spans(models, self.traces[item], self.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FragileRecipe(EngineRecipe):
+    """An engine that does not load any more once a file is there, as on a device that is lost."""
+
+    lost: str
+
+    def load(self) -> Engine:
+        if Path(self.lost).exists():
+            raise RuntimeError("CUDA error: device is lost")
+        return super().load()
 
 
 def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Engine, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.pool.placing import Place, choose_gpus, divide_cpu
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.round_training import _count_places, _list_places
 from genssd.distill.runs.chat_settings import read_clock
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.train.processes import _list_variables
 from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat_options import ChatOptions
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -49,6 +53,19 @@ def test_every_gpu_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES names 2 devices, and torch found 4 before it did: set"):
         visible("all", CUDA_VISIBLE_DEVICES="0,1")
     assert choose_gpus("1", "cuda", 8, None, {}) == [Place(device="cuda", threads=8, visible_device="1")]
+
+
+def test_a_gpu_of_rocm_is_given_by_the_variable_that_counts_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with both variables sees what HIP_VISIBLE_DEVICES names: with the other one alone, always device 4."""
+    see_gpus(monkeypatch, 2)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for variables in ({"HIP_VISIBLE_DEVICES": "4,5", "CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "4,5"}):
+        places = choose_gpus("all", None, 8, None, variables)
+        assert [place.visible_device for place in places] == ["4", "5"]
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(EngineRecipe, "load", lambda recipe: os.environ["HIP_VISIBLE_DEVICES"])
+    assert EngineRecipe(arguments={}, chat=ChatOptions(), visible_device="5").open() == "5"
+    assert _list_variables(places, rank=1, port=1)["HIP_VISIBLE_DEVICES"] == "4,5"
 
 
 def test_every_mig_instance_that_is_named_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

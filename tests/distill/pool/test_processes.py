@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import pytest
 from support.pool_works import (
     SEARCH,
     FaultyWork,
+    FragileRecipe,
     GreedyWork,
+    SlowWork,
     collect,
     find_children,
     make_works,
@@ -49,14 +52,20 @@ from genssd.engine.texts.chat_options import ChatOptions
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
-def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool[Engine]:
+def read_tokens(pair: TinyPair) -> RemoteModels:
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: pair.engine.tokenizer(role) for role in roles}, reader=pair.engine.reader)
-    models = RemoteModels([tokens])
-    given = {"teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_num_seqs": 4}
-    return ProcessPool(
-        models, [EngineRecipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size
-    )
+    return RemoteModels([tokens])
+
+
+def list_engine_arguments(pair: TinyPair) -> dict[str, Any]:
+    limits = {"memory_bytes": 1 << 22, "max_num_seqs": 4, "threads": 1}
+    return {"teacher": str(pair.teacher), "student": str(pair.student), **limits}
+
+
+def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool[Engine]:
+    recipe = EngineRecipe(arguments={**list_engine_arguments(pair), **arguments}, chat=ChatOptions())
+    return ProcessPool(read_tokens(pair), [recipe] * size)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +170,39 @@ def test_workers_that_never_load_end_the_run(tiny_pair: TinyPair) -> None:
     pool = make_pool(tiny_pair, size=1, no_such_argument=1)
     message = r"a worker process failed \(TypeError: .*\) while it loaded the models, 3 times"
     with pytest.raises(WorkerError, match=message), pool:
+        pool.open()
+
+
+def test_a_device_that_is_lost_is_left_out(
+    tiny_pair: TinyPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others go on, and do what it had begun. A pool that has no others ends with the same words."""
+    lost = tmp_path / "lost"
+    first, second = (
+        FragileRecipe(
+            arguments={**list_engine_arguments(tiny_pair), "device": "cpu"}, chat=ChatOptions(), visible_device=device,
+            lost=str(lost),
+        )
+        for device in ("GPU-0", "GPU-1")
+    )  # fmt: skip
+    said = (
+        r"a worker process on device GPU-1 failed \(RuntimeError: CUDA error: device is lost\) while it loaded the "
+        "models, 3 times one after the other"
+    )
+    with ProcessPool(read_tokens(tiny_pair), [first, second]) as pool:
+        pool.open()
+        done = 0
+        for item, result in pool.run(SlowWork(items=tuple(range(3000)))):
+            assert result == item**2
+            if not lost.exists():
+                lost.touch()
+                pool._workers[1].process.kill()
+            done += len(pool._workers) == 1
+            if done == 50:
+                break
+        assert "a worker process on device GPU-1 was killed by SIGKILL" in caplog.text
+        assert re.search(said + "; going on with 1 worker", caplog.text)
+    with pytest.raises(WorkerError, match=f"^{said}$"), ProcessPool(read_tokens(tiny_pair), [second]) as pool:
         pool.open()
 
 

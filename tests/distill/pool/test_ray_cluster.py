@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from genssd.distill.pool import ray_cluster
 from genssd.distill.pool.ray_cluster import RayCluster
 from genssd.distill.pool.ray_joining import check_answers, collect_stderr, explain
 from genssd.distill.pool.ray_options import Address
-from genssd.engine.common.errors import InputError
+from genssd.engine.common.errors import InputError, WorkerError
 
 
 @contextmanager
@@ -154,3 +155,50 @@ def test_processes_of_a_start_that_has_failed_are_ended(tmp_path: Path) -> None:
         assert ours.wait(30) == -signal.SIGKILL
         assert other.poll() is None
         other.kill()
+
+
+class StartingRay:
+    """Ray whose node ends while it starts, so many times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls = failures, list[str]()
+
+    def init(self, **options: Any) -> None:
+        self.calls.append("init")
+        if self.calls.count("init") <= self.failures:
+            raise ray_cluster.RayletEnded("the main process of its node ends while it starts")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+@pytest.fixture
+def near_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ray_cluster, "_starting_here", lambda *_: nullcontext())
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+
+
+@pytest.mark.usefixtures("near_start")
+def test_a_start_whose_node_ends_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StartingRay(failures=2)
+    RayCluster("local", None, None)._start_here(ray, {})
+    assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"]
+    monkeypatch.setattr(ray_cluster, "START_TIME", 0.0)
+    with pytest.raises(WorkerError, match="could not be started here: the main process of its node ends while it"):
+        RayCluster("local", None, None)._start_here(StartingRay(failures=2), {})
+
+
+def test_the_main_process_of_a_node_is_known_by_its_program(tmp_path: Path) -> None:
+    words = ["/site/ray/raylet/raylet", "-f", "/dev/null", str(tmp_path)]
+
+    def is_alive() -> bool:
+        return any(ray_cluster.RAYLET in command for _, command in ray_cluster._iter_processes(tmp_path))
+
+    with subprocess.Popen(words, executable="/usr/bin/tail") as raylet:
+        until = time.monotonic() + 30
+        while not is_alive():  # it has the program of this process until it runs its own
+            assert time.monotonic() < until
+        raylet.kill()
+        while is_alive():  # it is not waited for, as by Ray
+            assert time.monotonic() < until
