@@ -235,10 +235,16 @@ def build_normalized_cross_entropy(rows: int, width: int, frozen: bool) -> Imple
 
 def build_normalized_divergence(kind: str, rows: int, width: int, teacher_width: int) -> Implementation:
     """Return the candidate of a divergence, with the gradients of `iter_divergences`."""
-    inputs = *make_head(rows, width), *make_head(rows, teacher_width, seed=5), torch.ones(rows, device="cuda")
-    options = (kind, [0.5], [rows], 1.0, None, None, True, True)
+    student, teacher, ones = (
+        make_head(rows, width),
+        make_head(rows, teacher_width, seed=5),
+        torch.ones(rows, device="cuda"),
+    )
     return compute_normalized(
-        "divergence", lambda configuration: compute_divergence(*inputs, *options, configuration=configuration)
+        "divergence",
+        lambda configuration: compute_divergence(
+            *student, *teacher, ones, kind, [0.5], [rows], 1.0, None, None, True, True, configuration=configuration
+        ),
     )
 
 

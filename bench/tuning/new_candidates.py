@@ -4,10 +4,10 @@
         [--vocabulary 151936]
 
 Every candidate of `genssd tune` for the losses under a head (loss_candidates_triton.py) at widths of 4096 and 1024, and
-for the filters of a draw (filter_candidates_triton.py); for attention, one layer of an 8B model, those that read several
-segments in one program or share the begin of unfinished segments between branches (candidates_triton.py). All are
-compared with plain torch first and timed in captured graphs; the shipped configuration is the first. A candidate that
-wins at all shapes ships next: in `loss_launch_triton.choose_shipped`, `filter_triton.SHIPPED`,
+for the filters of a draw (filter_candidates_triton.py); for attention, one layer of an 8B model, those that read
+several segments in one program or share the begin of unfinished segments between branches (candidates_triton.py). All
+are compared with plain torch first and timed in captured graphs; the shipped configuration is the first. A candidate
+that wins at all shapes ships next: in `loss_launch_triton.choose_shipped`, `filter_triton.SHIPPED`,
 `attention_launch_triton.choose_tiles` (`python -m bench.tuning.attention_tiles` checks its bits). The student's own
 stream is compared by `python -m bench.engine.search_gpu --streams 2`. Every line of output is one JSON object.
 """
