@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-NATIVE_TESTS := $(foreach name,native native_arguments tiles attention linear logprob sampling cache layers experts,tests/kernels/test_$(name).py) tests/engine/test_model.py
+NATIVE_TESTS := $(foreach name,native native_arguments tiles attention device_table linear logprob sampling cache layers experts,tests/kernels/test_$(name).py) tests/engine/test_model.py
 # what a wheel can break that its files do not show: the native kernels of its build, commands that start from another
 # directory, the shipped pair, the pages. What does not depend on how the package came here is for `make test`
 WHEEL_TESTS := $(addprefix tests/,test_package.py test_public_names.py cli/test_cli.py cli/test_light_imports.py \
