@@ -119,7 +119,7 @@ def run_undisturbed(root: Path, output_dir: Path) -> dict[Phase, float]:
     """Run the command without a kill; return how many seconds each phase takes in a round."""
     log = output_dir.with_suffix(".log")
     command = fork_command(list_words(root, output_dir), log, "fork")
-    lengths: Counter[Phase] = Counter()
+    lengths: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
     before = time.monotonic()
     while command.poll() is None:
         time.sleep(0.005)

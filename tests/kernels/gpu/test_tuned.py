@@ -67,9 +67,10 @@ def test_every_candidate_of_a_loss_agrees_with_float32(operator: str, monkeypatc
     rows = 2500
     monkeypatch.setattr(loss_candidates_triton, "ROWS", rows)
     loss_candidates_triton.loss_head.cache_clear()
-    make = {"cross_entropy": CrossEntropyWorkload, "divergence": DivergenceWorkload}[operator]
-    workload = make(Device.of(torch.device("cuda", 0)), torch.bfloat16, LOSSES[operator])
-    samples = (rows,) if operator == "cross_entropy" else workload.samples[0]
+    arguments = Device.of(torch.device("cuda", 0)), torch.bfloat16, LOSSES[operator]
+    entropy = operator == "cross_entropy"
+    workload = CrossEntropyWorkload(*arguments) if entropy else DivergenceWorkload(*arguments)
+    samples = (rows,) if entropy else workload.samples[0]
     for values in workload.candidates(0):
         for sample in samples:
             run = workload.make_run(values, sample)
