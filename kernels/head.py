@@ -225,11 +225,13 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 @once_differentiable
-def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def scale_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Compute the backward pass of an operator whose first two inputs are hidden and weight: scale its saved gradients.
 
     The upstream gradient keeps its precision: a loss scale may not even fit the dtype of the gradients.
     """
+    if upstream is None:  # the total has no gradient
+        return (None,) * ctx.num_inputs
     hidden, weight = (
         _scale(gradient, upstream, dtype) if is_requested else None
         for gradient, dtype, is_requested in zip(ctx.saved_tensors, ctx.dtypes, ctx.requested, strict=True)
