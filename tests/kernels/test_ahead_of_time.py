@@ -353,10 +353,9 @@ ROWWISE = {
 STACKS = {("divergence-skew_reverse_kl", 100): 8, ("draw_kernel", 80): 8}
 """Bytes of stack that a kernel takes on a GPU: ptxas of Triton 3.7 puts one address there, once per block of a row."""
 ATTENTION_STACKS = {
-    ("item_kernel", 80, "fp32", 64): 8, ("item_kernel", 90, "fp32", 64): 8, ("item_kernel", 80, "fp32", 128): 8,
-    ("unit_kernel", 90, "fp32", 80): 24, ("unit_kernel", 100, "fp32", 256): 8,
-    ("finish_kernel", 90, "fp32", 80): 96, ("finish_kernel", 100, "fp32", 128): 136,
-    ("finish_kernel", 100, "bf16", 256): 16,
+    ("item_kernel", 80, "fp32", 64): 8, ("item_kernel", 90, "fp32", 64): 8, ("unit_kernel", 90, "fp32", 80): 24,
+    ("unit_kernel", 100, "fp32", 256): 8, ("finish_kernel", 90, "fp32", 80): 96,
+    ("finish_kernel", 100, "fp32", 128): 136,
 }  # fmt: skip
 """Bytes of stack that attention kernels with window, softcap and sinks take, by GPU, dtype and width of a head. They
 come from ptxas of Triton 3.7; Triton 3.9 compiles the same kernels without a stack."""
