@@ -20,6 +20,7 @@ PROCESSES = 3
 def test_kernels_in_the_interpreter(part: int) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "GENSSD_INTERPRETER_PART": f"{part}/{PROCESSES}"}
+    environment.pop("PYTEST_ADDOPTS", None)  # -q twice would hide the number of tests
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(INTERPRETED)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
