@@ -231,7 +231,7 @@ def scale_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tup
     The upstream gradient keeps its precision: a loss scale may not even fit the dtype of the gradients.
     """
     if upstream is None:  # the total has no gradient
-        return (None,) * ctx.num_inputs
+        return (*[None] * ctx.num_inputs,)
     hidden, weight = (
         _scale(gradient, upstream, dtype) if is_requested else None
         for gradient, dtype, is_requested in zip(ctx.saved_tensors, ctx.dtypes, ctx.requested, strict=True)
