@@ -96,15 +96,15 @@ def _linear_cross_entropy(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
-    options = temperature, softcap, want_hidden, want_weight
-    if not (hidden_ND.is_cuda and row_weight_N.dtype == torch.float32 and (want_hidden or want_weight)):
-        return compute_cross_entropy(hidden_ND, weight_VD, target_N, row_weight_N, *options)
-    from genssd.kernels.loss_launch_triton import choose_configuration
+    configuration = None
+    if hidden_ND.is_cuda and row_weight_N.dtype == torch.float32 and (want_hidden or want_weight):
+        from genssd.kernels.loss_launch_triton import choose_configuration
 
-    shape = (len(weight_VD), weight_VD.shape[1])
-    configuration = choose_configuration("cross_entropy", hidden_ND.device, hidden_ND.dtype, shape)
+        shape = (len(weight_VD), weight_VD.shape[1])
+        configuration = choose_configuration("cross_entropy", hidden_ND.device, hidden_ND.dtype, shape)
     return compute_cross_entropy(
-        hidden_ND, weight_VD, target_N, row_weight_N, *options, configuration=configuration
+        hidden_ND, weight_VD, target_N, row_weight_N, temperature, softcap, want_hidden, want_weight,
+        configuration=configuration,
     )  # fmt: skip
 
 

@@ -5,11 +5,12 @@
 
 Every candidate of `genssd tune` for the losses under a head (loss_candidates_triton.py) at widths of 4096 and 1024, and
 for the filters of a draw (filter_candidates_triton.py); for attention, one layer of an 8B model, those that read
-several segments in one program or share the begin of unfinished segments between branches (candidates_triton.py). All
-are compared with plain torch first and timed in captured graphs; the shipped configuration is the first. A candidate
-that wins at all shapes ships next: in `loss_launch_triton.choose_shipped`, `filter_triton.SHIPPED`,
-`attention_launch_triton.choose_tiles` (`python -m bench.tuning.attention_tiles` checks its bits). The student's own
-stream is compared by `python -m bench.engine.search_gpu --streams 2`. Every line of output is one JSON object.
+several segments in one program or share the begin of unfinished segments between branches
+(attention_candidates_triton.py). All are compared with plain torch first and timed in captured graphs; the shipped
+configuration is the first. A candidate that wins at all shapes ships next: in `loss_launch_triton.choose_shipped`,
+`filter_triton.SHIPPED`, `attention_launch_triton.choose_tiles` (`python -m bench.tuning.attention_tiles` checks its
+bits). The student's own stream is compared by `python -m bench.engine.search_gpu --streams 2`. Every line of output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from bench.support.tuning import Report, gibibytes_of, warm
 
 from genssd.engine.models.pages import PAGE_SIZE
 from genssd.engine.models.tuning import Workload, time_in_graph
-from genssd.kernels.candidates_triton import ATTENTION_SAMPLES, AttentionWorkload, Device
+from genssd.kernels.attention_candidates_triton import ATTENTION_SAMPLES, AttentionWorkload
+from genssd.kernels.candidates_triton import Device
 from genssd.kernels.filter_candidates_triton import FilterWorkload
 from genssd.kernels.loss_candidates_triton import KINDS, ROWS, CrossEntropyWorkload, DivergenceWorkload
 from genssd.kernels.tune_file import Configuration

@@ -296,7 +296,8 @@ def make_workloads(models: Sequence[Shape], device: torch.device, teacher: Shape
     The losses between two heads are those over the vocabulary that a model has in common with the teacher.
     """
     # imported here, because Triton need not be installed where there is no GPU
-    from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
+    from genssd.kernels.attention_candidates_triton import AttentionWorkload
+    from genssd.kernels.candidates_triton import Device, DrawWorkload, HeadWorkload
     from genssd.kernels.filter_candidates_triton import FilterWorkload
     from genssd.kernels.loss_candidates_triton import CrossEntropyWorkload, DivergenceWorkload
 

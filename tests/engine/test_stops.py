@@ -354,7 +354,7 @@ def test_strings_that_cannot_be_searched_are_refused(engine: Engine, stop: Any, 
 
 @pytest.mark.parametrize("include", [False, True])
 def test_reverse_speculation_ends_where_the_definition_says(tmp_path: Path, include: bool) -> None:
-    """The same draws as without strings, cut at the first one; so are the tokens that the student wrote."""
+    """A response with stop strings is the one without them, cut at the first string; its student tokens are cut too."""
     teacher = save_words(tmp_path / "teacher", "qwen", 1)
     student = save_words(tmp_path / "student", "qwen", 1, logits_seed=5)
     engine = Engine.from_pretrained(teacher, student, dtype="float32", memory_bytes=1 << 22)

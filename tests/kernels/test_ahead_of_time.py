@@ -647,7 +647,7 @@ def test_attention_over_chains_and_shared_parts(target: Target) -> None:
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "gfx942"])
 def test_instructions_of_ptx_are_those_of_the_machine(target: Target) -> None:
-    """And what the record has of these kernels is what the compiler gives."""
+    """PTX and machine code have the same instructions, and the record of these kernels says what the compiler gives."""
     for case in (("bf16", 128), ("fp32", 64)):
         function, types, constants, options, _ = describe_attention(target, "item_kernel", *case, True)
         arguments = describe_arguments(function, types, constants)

@@ -163,7 +163,7 @@ def test_chains_read_the_same_segments_and_keep_programs_equally_busy(
 
 
 def test_shared_parts_are_what_rows_hold_in_the_same_pages() -> None:
-    """Of the unfinished segments after 4096 tokens, by comparing the pages of every pair of neighbours."""
+    """Unfinished segments share the pages that a comparison of every pair of neighbours finds."""
     pages = np.arange(7 * 72, dtype=np.int32).reshape(7, 72)
     pages[1:, :64] = pages[0, :64]
     pages[1:4, 64:68] = pages[0, 64:68]  # four rows share 4 pages, two others 7, and one has all pages for itself

@@ -15,9 +15,16 @@ import torch
 
 from genssd.engine.models import tuning
 from genssd.engine.models.tuning import measure, tune
-from genssd.kernels import candidates_triton, filter_candidates_triton, loss_candidates_triton, tune_file
+from genssd.kernels import (
+    attention_candidates_triton,
+    candidates_triton,
+    filter_candidates_triton,
+    loss_candidates_triton,
+    tune_file,
+)
+from genssd.kernels.attention_candidates_triton import AttentionWorkload
 from genssd.kernels.attention_launch_triton import AttentionConfiguration
-from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
+from genssd.kernels.candidates_triton import Device, DrawWorkload, HeadWorkload
 from genssd.kernels.filter_candidates_triton import FilterWorkload
 from genssd.kernels.head_triton import HeadTiles
 from genssd.kernels.loss_candidates_triton import CrossEntropyWorkload, DivergenceWorkload, loss_candidates
@@ -42,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_candidates_triton, "CHECKED_ROWS", 4)
     monkeypatch.setattr(loss_candidates_triton, "loss_candidates", few_loss_candidates)
     monkeypatch.setattr(candidates_triton, "LOGITS_BYTES", 9 * 600 * 4)  # nine rows of a draw
-    monkeypatch.setattr(candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
+    monkeypatch.setattr(attention_candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
     # small integers: the interpreter's products would round differently at other places of a tile, and ranks with them
     inputs = candidates_triton.head_inputs.__wrapped__
     monkeypatch.setattr(
