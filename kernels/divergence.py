@@ -9,7 +9,6 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   U teacher's vocab
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -184,19 +183,18 @@ def _linear_divergence(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
-    compute = functools.partial(
-        compute_divergence, student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, row_weight_N,
-        kind, mixes, runs, temperature, student_softcap, teacher_softcap, want_hidden, want_weight,
-    )  # fmt: skip
+    configuration = None
     wide = torch.promote_types(teacher_hidden_NE.dtype, row_weight_N.dtype)
-    if not (student_hidden_ND.is_cuda and wide == torch.float32):
-        return compute()
-    from genssd.kernels.loss_launch_triton import choose_configuration
+    if student_hidden_ND.is_cuda and wide == torch.float32:
+        from genssd.kernels.loss_launch_triton import choose_configuration
 
-    shared = min(len(student_weight_VD), len(teacher_weight_UE))
-    shape = (shared, student_weight_VD.shape[1], teacher_weight_UE.shape[1])
-    configuration = choose_configuration("divergence", student_hidden_ND.device, student_hidden_ND.dtype, shape)
-    return compute(configuration=configuration)
+        shared = min(len(student_weight_VD), len(teacher_weight_UE))
+        shape = (shared, student_weight_VD.shape[1], teacher_weight_UE.shape[1])
+        configuration = choose_configuration("divergence", student_hidden_ND.device, student_hidden_ND.dtype, shape)
+    return compute_divergence(
+        student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, row_weight_N, kind, mixes, runs,
+        temperature, student_softcap, teacher_softcap, want_hidden, want_weight, configuration=configuration,
+    )  # fmt: skip
 
 
 def compute_divergence(
