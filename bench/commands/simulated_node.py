@@ -48,7 +48,7 @@ from genssd.distill.pool.messages import Finished
 from genssd.distill.pool.pool import OwnProcess
 from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.runs import pools
-from genssd.distill.runs.journal import make_line
+from genssd.distill.runs.journal import begin_line, make_line
 from genssd.distill.select import run as select_run
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
@@ -109,7 +109,7 @@ class SimulatedWork:
     """A search that takes `seconds` for each prompt and returns the template under the prompt's index."""
 
     items: Sequence[int]
-    template: SearchedPrompt
+    template: Template
     seconds: float
     problems: Sequence[ProblemRow]
     """All problems, as the real work has them: every worker gets them."""
@@ -132,28 +132,39 @@ class SimulatedWork:
             if due:
                 moment, item = due.popleft()
                 time.sleep(max(0.0, moment - time.monotonic()))
-                engine.usage.sampled_tokens += self.template.tokens_sampled
+                engine.usage.sampled_tokens += self.template.outcome.tokens_sampled
                 is_open = True
-                yield item, rename(self.template, item, self.problems[item])
+                yield item, self.template.rename(item, self.problems[item])
 
 
-def rename(template: SearchedPrompt, index: int, problem: ProblemRow) -> SearchedPrompt:
-    """Return a result as that of another prompt; its line of decisions gets its checksum."""
-    line = template.decisions
-    assert line.startswith(INDEX)
-    assert template.row is not None
-    body = INDEX + str(index).encode() + line[line.index(b",") : line.rindex(b', "checksum"')]
-    decisions = body + b', "checksum": "%08x"}\n' % crc32(body)
-    own = {"index": index, "prompt": problem.prompt, "answer": problem.answer}
-    return dataclasses.replace(template, row={**template.row, **own}, decisions=decisions)
-
-
-def make_template(tokens: int) -> SearchedPrompt:
-    """Return the result of a real search, with its rows stretched to a response of so many tokens."""
+def make_problem() -> ProblemRow:
+    """Return the problem of the search that is stretched."""
     question = make_problems(1, seed=0)[0]
-    problem = ProblemRow(
-        prompt=[{"role": "user", "content": question.question}], answer=question.answer, line=1, where="x", index=0
-    )
+    prompt = [{"role": "user", "content": question.question}]
+    return ProblemRow(prompt=prompt, answer=question.answer, line=1, where="x", index=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A result that every prompt gets."""
+
+    outcome: SearchedPrompt
+    row: dict[str, Any]
+    """Its line of selections.jsonl."""
+
+    def rename(self, index: int, problem: ProblemRow) -> SearchedPrompt:
+        """Return the result as that of a prompt; its line of decisions gets its checksum."""
+        line = self.outcome.decisions
+        assert line.startswith(INDEX)
+        body = INDEX + str(index).encode() + line[line.index(b",") : line.rindex(b', "checksum"')]
+        decisions = body + b', "checksum": "%08x"}\n' % crc32(body)
+        row = {**self.row, "index": index, "prompt": problem.prompt, "answer": problem.answer}
+        return dataclasses.replace(self.outcome, begun=begin_line(row), decisions=decisions)
+
+
+def make_template(tokens: int) -> Template:
+    """Return the result of a real search, with its rows stretched to a response of so many tokens."""
+    problem = make_problem()
     engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=1 << 26, device="cpu")
     options = SearchOptions(candidates=CANDIDATES, chunk=CHUNK, max_tokens=96)
     work = SearchWork(
@@ -161,21 +172,19 @@ def make_template(tokens: int) -> SearchedPrompt:
     )
     ((_, outcome),) = OwnProcess(engine.with_chat(ChatOptions())).run(work)
     assert isinstance(outcome, SearchedPrompt)
-    assert outcome.row is not None
     decisions = json.loads(outcome.decisions)
     decisions.pop("checksum")
-    row = dict(outcome.row)
+    row = json.loads(outcome.begun + b"}")
     factor = -(-tokens // len(row["completion_ids"]))
     for name in ("rounds", "candidates"):
         decisions[name] = decisions[name] * factor
     for name in ("chunks", "completion_ids", "teacher_logprobs"):
         row[name] = row[name] * factor
     sampled = sum(len(candidate["token_ids"]) for candidate in decisions["candidates"])
-    row |= {"tokens_sampled": sampled, "prompt": row["prompt"], "completion": stretch(row["completion"], factor)}
+    row |= {"tokens_sampled": sampled, "completion": stretch(row["completion"], factor)}
     row["messages"] = [*row["messages"][:-1], *row["completion"]]
-    return dataclasses.replace(
-        outcome, row=json.loads(json.dumps(row)), decisions=make_line(decisions), tokens_sampled=sampled
-    )
+    outcome = dataclasses.replace(outcome, decisions=make_line(decisions), tokens_sampled=sampled)
+    return Template(outcome=outcome, row=row)
 
 
 def stretch(messages: Sequence[dict[str, str]], factor: int) -> list[dict[str, str]]:
@@ -198,7 +207,7 @@ class Watch:
 
 
 def measure(
-    devices: int, prompts: int, template: SearchedPrompt, seconds: float, root: Path, *, profile: bool, is_read: bool
+    devices: int, prompts: int, template: Template, seconds: float, root: Path, *, profile: bool, is_read: bool
 ) -> dict[str, Any]:
     """Run the command over so many devices; return what its process took. is_read: whether the run is resumed as well,
     although nothing is left to do, to measure how long its journals take to read."""
@@ -273,13 +282,15 @@ def main() -> None:
     options = parser.parse_args()
     modules = ["genssd.distill.pool.worker", "bench.commands.simulated_node"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    os.environ["PYTHONWARNINGS"] = "ignore::RuntimeWarning"  # every worker has this file twice: preloaded, and as main
     template = make_template(options.tokens)
-    paced = template.tokens_sampled / TOKENS_PER_SECOND
-    message = pickle.dumps(Finished(0, template), protocol=pickle.HIGHEST_PROTOCOL)
-    print(f"a result of {template.tokens_sampled:,} sampled tokens is a message of {len(message):,} bytes", flush=True)
+    outcome = template.rename(0, make_problem())
+    paced = outcome.tokens_sampled / TOKENS_PER_SECOND
+    message = pickle.dumps(Finished(0, outcome), protocol=pickle.HIGHEST_PROTOCOL)
+    print(f"a result of {outcome.tokens_sampled:,} sampled tokens is a message of {len(message):,} bytes", flush=True)
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory(prefix="genssd-node-") as name, patch.object(starting, "START_METHOD", "forkserver"):
-        syncs = time_syncs(Path(name), len(template.decisions))
+        syncs = time_syncs(Path(name), len(outcome.decisions))
         for seconds in (0.0,) if options.saturated else (0.0, paced):
             for devices in options.devices:
                 prompts = 8 * devices if seconds else options.prompts
@@ -291,7 +302,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python -m bench.commands.simulated_node", *sys.argv[1:]]),
         **describe_machine(available_cores()), "bytes_of_a_message": len(message), "ms_of_a_sync": syncs,
-        "tokens_sampled_per_prompt": template.tokens_sampled, "tokens_per_second_and_device": TOKENS_PER_SECOND,
+        "tokens_sampled_per_prompt": outcome.tokens_sampled, "tokens_per_second_and_device": TOKENS_PER_SECOND,
         "peak_mb_of_the_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3), "rows": rows,
     }  # fmt: skip
     if options.json is not None:

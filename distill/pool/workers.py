@@ -44,6 +44,11 @@ MAX_BARREN_ENDS = 24
 """Number of workers that may end one after the other without any item finished or given up between."""
 WAKE_INTERVAL = 0.25
 """Seconds after which the budget is looked at although no worker says anything."""
+MAX_WAITING = 16
+"""Number of results that may wait for the process of the command before it hears no worker any more.
+
+More of them would only take memory: workers that finish faster than their results are written wait with them.
+"""
 
 R = TypeVar("R")
 M = TypeVar("M", bound=WorkerModels)
@@ -137,7 +142,8 @@ class WorkerPool(ABC, Generic[W, M]):
             self._begin_work(worker)
         while not self._hand_out.is_over or self._results:
             self.models.to_come = (self._hand_out.num_queued, work.most_tokens)
-            self._listen(0.0 if self._results else WAKE_INTERVAL)
+            if len(self._results) < MAX_WAITING:
+                self._listen(0.0 if self._results else WAKE_INTERVAL)
             meter.tokens = self.models.usage.sampled_tokens - sampled_before
             reached = meter.find_reached(more_tokens=1)
             if reached is not None and not self._hand_out.is_over:

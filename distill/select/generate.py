@@ -31,7 +31,7 @@ from genssd.distill.data.state_store import FIELD
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.engine_metrics import EngineMetrics
-from genssd.distill.runs.journal import damaged_line
+from genssd.distill.runs.journal import begin_line, complete_line, damaged_line
 from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
@@ -74,7 +74,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
-        check_states_file(run)
+        check_states_file(run, run.done())
         left = len(data.problems) - len(done)
         with open_pool(
             config, engine, run.chat_options, teacher=config.teacher, student=config.student, items=left, report=report
@@ -132,13 +132,13 @@ def _generate(
     ):
         for finished, (place, outcome) in enumerate(pool.run(work), start=len(done) + 1):
             assert not isinstance(outcome, Stopped), "nothing limits the run"
-            verdicts: list[bool | None] = []
+            verdicts: Sequence[bool | None] = []
             if isinstance(outcome, WrittenPrompt):
-                row = outcome.row
+                fields: dict[str, Any] = {}
                 if store is not None and outcome.states is not None:
-                    row = {**row, FIELD: store.append(outcome.states)}
-                journal.append(row)
-                verdicts = [response["correct"] for response in list_responses(row)]
+                    fields[FIELD] = store.append(outcome.states)
+                journal.append_line(complete_line(outcome.begun, fields))
+                verdicts = outcome.verdicts
             else:
                 reason = outcome.reason if isinstance(outcome, Lost) else outcome
                 failures[problems[place].index] = f"{problems[place].where}: {reason}"
@@ -158,8 +158,10 @@ def _find_limits(models: ModelFacts, config: GenerateConfig) -> ResponseLimits:
 class WrittenPrompt:
     """The responses to one prompt, as they are written."""
 
-    row: dict[str, Any]
-    """Line of responses.jsonl without `teacher_states`."""
+    begun: bytes
+    """Line of responses.jsonl without `teacher_states`, to be completed (`complete_line`)."""
+    verdicts: Sequence[bool | None]
+    """Verdicts on the responses, in order."""
     states: Tensor | None = None
     """The teacher's hidden states along the response, on the CPU; None where they are not kept."""
 
@@ -185,8 +187,11 @@ class GenerationWork:
         for place, row, states in add_states(engine, self.config.teacher_states, outcomes):
             if isinstance(row, str):
                 yield place, row
+            elif isinstance(states, str):
+                yield place, states
             else:
-                yield place, states if isinstance(states, str) else WrittenPrompt(row=row, states=states)
+                verdicts = [response["correct"] for response in list_responses(row)]
+                yield place, WrittenPrompt(begun=begin_line(row), verdicts=verdicts, states=states)
 
     def _make_outcome(
         self, writer: _RowMaker, outcome: Generation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from genssd.distill.data import state_store, topk_store
 from genssd.distill.data.problems import ProblemRow, check_same_problem
 from genssd.distill.data.row_bytes import check_bytes_file, find_end
 from genssd.distill.data.state_store import StateStore
-from genssd.distill.runs.journal import complete_rows, damaged_line, has_lines
+from genssd.distill.runs.journal import complete_indices, damaged_line, has_lines
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.teacher_options import StateType
 from genssd.distill.runs.writing import keep_spans
@@ -29,28 +29,30 @@ def keep_complete(run: Run, problems: Sequence[ProblemRow], data: str) -> frozen
     decisions = run.path("decisions.jsonl")
     _check_neither_lost(run.journal_path, decisions)
     selected: dict[int, int] = {}
+    located: list[dict[str, object]] = []  # without the long fields: the journal is read once
     for number, row in enumerate(run.done()):
         check_same_problem(row, problems, data, run.journal_path)
         if row["index"] in selected:
             raise damaged_line(run.journal_path, number + 1, f"prompt {row['index']} is also in an earlier line")
         selected[row["index"]] = number
+        located.append({name: row.get(name) for name in (topk_store.FIELD, state_store.FIELD)})
     decided: dict[object, tuple[int, int]] = {}
     start = 0
-    for row, end in complete_rows(decisions):
-        decided[row.get("index")] = (start, end)
+    for index, end in complete_indices(decisions):
+        decided[index] = (start, end)
         start = end
-    check_bytes_file(run.path(TOPK_FILE), topk_store.FIELD, "top k", run.done(), run.journal_path, decisions)
-    check_states_file(run, decisions)
+    check_bytes_file(run.path(TOPK_FILE), topk_store.FIELD, "top k", located, run.journal_path, decisions)
+    check_states_file(run, located, decisions)
     done = [index for index in selected if index in decided]
     run.keep_rows([selected[index] for index in done])
     keep_spans(decisions, [decided[index] for index in done])
     return frozenset(done)
 
 
-def check_states_file(run: Run, decisions: Path | None = None) -> None:
+def check_states_file(run: Run, rows: Iterable[Mapping[str, object]], decisions: Path | None = None) -> None:
     """Raise InputError where the hidden states of the journal's rows are lost. decisions: the journal beside it."""
     path = run.path(STATES_FILE)
-    check_bytes_file(path, state_store.FIELD, "hidden states", run.done(), run.journal_path, decisions)
+    check_bytes_file(path, state_store.FIELD, "hidden states", rows, run.journal_path, decisions)
 
 
 @contextmanager

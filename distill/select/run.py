@@ -139,23 +139,24 @@ class _Search:
         ):
             for place, outcome in self._pool.run(self._work, budget):
                 problem = self._problems[place]
+                verdicts: list[bool | None] = []
                 if isinstance(outcome, Stopped):
                     end.stopped_by = outcome.by
                     end.unfinished += 1
                     continue
                 if isinstance(outcome, Lost):
                     end.failures[problem.index] = f"{problem.where}: {outcome.reason}"
-                elif outcome.row is None:
+                elif outcome.error is not None:
                     end.failures[problem.index] = f"{problem.where}: {outcome.error}"
                     if outcome.missing_token is not None:
                         end.missing_tokens[outcome.missing_token] += 1
                 else:
                     files.append(outcome)
                     noted.update(outcome.special)
+                    verdicts = [outcome.correct]
                 sampled_of_ended += 0 if isinstance(outcome, Lost) else outcome.tokens_sampled
                 ended += 1
-                row = outcome.row if isinstance(outcome, SearchedPrompt) else None
-                metrics.finish(ended, [] if row is None else [row["correct"]])
+                metrics.finish(ended, verdicts)
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
         if files.states is not None:
             report.note(files.states.describe())

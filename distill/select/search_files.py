@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from genssd.distill.data import state_store, topk_store
 from genssd.distill.data.row_bytes import find_end
 from genssd.distill.data.state_store import StateStore
 from genssd.distill.data.topk_store import TopkStore
-from genssd.distill.runs.journal import Journal
+from genssd.distill.runs.journal import Journal, complete_line
 from genssd.distill.runs.run import Run
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.resuming import TOPK_FILE, open_states
@@ -31,7 +32,8 @@ class SearchFiles:
     @contextmanager
     def open(run: Run, config: SelectConfig, models: ModelFacts) -> Iterator[SearchFiles]:
         """Open the files, those of bytes cut off after the last ones that a row refers to."""
-        topk_end = max((find_end(row, topk_store.FIELD) for row in run.done()), default=0)
+        rows = run.done() if config.teacher_topk else iter(())
+        topk_end = max((find_end(row, topk_store.FIELD) for row in rows), default=0)
         vocabulary = max(one.vocabulary("teacher") for one in models.teachers)
         journal = run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
@@ -45,11 +47,11 @@ class SearchFiles:
 
     def append(self, outcome: SearchedPrompt) -> None:
         """Write everything of a prompt that has a row. Raises InputError where the disk refuses it."""
-        assert outcome.row is not None
+        assert outcome.begun
         self.decisions.append_line(outcome.decisions)
-        row = {**outcome.row, topk_store.FIELD: None}
+        fields: dict[str, Any] = {topk_store.FIELD: None}
         if self.topk is not None and outcome.topk is not None:
-            row[topk_store.FIELD] = self.topk.append(outcome.topk)
+            fields[topk_store.FIELD] = self.topk.append(outcome.topk)
         if self.states is not None and outcome.states is not None:
-            row[state_store.FIELD] = self.states.append(outcome.states)
-        self.journal.append(row)
+            fields[state_store.FIELD] = self.states.append(outcome.states)
+        self.journal.append_line(complete_line(outcome.begun, fields))

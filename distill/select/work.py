@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
 from torch import Tensor
 
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.pool.pool import Stopped
-from genssd.distill.runs.journal import make_line
+from genssd.distill.runs.journal import begin_line, make_line
 from genssd.distill.runs.teacher_options import StateType
 from genssd.distill.select.kept_states import KeptText, add_states
 from genssd.distill.select.notes import NoteMaker
@@ -37,11 +35,12 @@ class SearchedPrompt:
     """The outcome of one prompt, as it is written."""
 
     tokens_sampled: int
-    row: dict[str, Any] | None = None
-    """Line of selections.jsonl without `teacher_topk` and `teacher_states`; None where the prompt failed."""
+    begun: bytes = b""
+    """Line of selections.jsonl without `teacher_topk` and `teacher_states`, to be completed (`complete_line`)."""
     decisions: bytes = b""
-    """Line of decisions.jsonl, with its checksum. It has seven numbers for every token that was sampled, and writing
-    them as text takes most of the time of everything that the command does for a prompt: the engine's process does."""
+    """Line of decisions.jsonl, with its checksum."""
+    correct: bool | None = None
+    """Verdict on the best trajectory."""
     topk: TopK | None = None
     """The teacher's most likely tokens along the best trajectory, on the CPU; None where they are not kept."""
     states: Tensor | None = None
@@ -49,7 +48,7 @@ class SearchedPrompt:
     special: tuple[str, ...] = ()
     """What a user may want to see of the prompt while others run."""
     error: str | None = None
-    """Why the prompt failed."""
+    """Why the prompt failed; None where it has both lines."""
     missing_token: str | None = None
     """String and id of the teacher's token that the student does not have, where that is why it failed."""
 
@@ -112,7 +111,7 @@ class SearchWork:
         if selection.ended_by in TOTAL_BUDGET:
             return selection.index, Stopped(by=selection.ended_by), None
         outcome, text = writer.make(selection, self.problems[selection.index]), None
-        if outcome.row is not None:
+        if outcome.error is None:
             ids = selection.best.student_ids
             text = KeptText.of(selection.prompt_ids, selection.student_prompt_ids, selection.num_lead, ids)
         return selection.index, outcome, text
@@ -157,10 +156,12 @@ class _RowMaker:
         notes = self._notes.of_selection(selection, problem.answer)
         opening = self._thoughts.read_opening(selection.prompt_ids)
         topk = selection.best.teacher_topk
+        row = make_selection_row(selection, problem, self._origin, notes, opening)
         return SearchedPrompt(
             tokens_sampled=sampled,
-            row=make_selection_row(selection, problem, self._origin, notes, opening),
+            begun=begin_line(row),
             decisions=make_line(make_decision_row(selection, problem.index)),
+            correct=row["correct"],
             topk=None if topk is None else replace(topk, ids=topk.ids.cpu(), logprob=topk.logprob.cpu()),
             special=tuple(list_special(selection)),
         )

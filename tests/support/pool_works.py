@@ -168,9 +168,9 @@ def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
             assert outcome.topk is not None
             topk = outcome.topk.ids.tolist(), outcome.topk.logprob.view(torch.int32).tolist()
             assert outcome.states is not None
-            outcome = (outcome.row, outcome.decisions, topk, outcome.states.tolist())
+            outcome = (outcome.begun, outcome.decisions, topk, outcome.states.tolist())
         if isinstance(outcome, WrittenPrompt):
-            outcome = (outcome.row, None if outcome.states is None else outcome.states.tolist())
+            outcome = (outcome.begun, outcome.verdicts, None if outcome.states is None else outcome.states.tolist())
         results[item] = outcome
     return results
 

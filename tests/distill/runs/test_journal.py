@@ -10,6 +10,9 @@ import pytest
 
 from genssd.distill.runs.journal import (
     Journal,
+    begin_line,
+    complete_indices,
+    complete_line,
     complete_rows,
     make_line,
     read_json,
@@ -39,6 +42,28 @@ def test_rows_come_back(tmp_path: Path) -> None:
 def test_the_last_key_of_a_line_is_the_checksum_of_what_stands_before_it() -> None:
     assert make_line({"a": 1, "b": "x"}) == b'{"a": 1, "b": "x", "checksum": "eb104133"}\n'
     assert make_line({}) == b'{"checksum": "15d54739"}\n'
+
+
+@pytest.mark.parametrize("fields", [{}, {"b": [1.5, None]}, {"b": 1, "c": "\u00e9"}])
+@pytest.mark.parametrize("begun", [{}, {"a": "x"}])
+def test_a_line_that_is_completed_elsewhere_is_the_line_of_all_fields(
+    begun: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    assert complete_line(begin_line(begun), fields) == make_line({**begun, **fields})
+
+
+def test_indices_are_read_without_the_rest_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    rows = [{"index": 12, "a": 1}, {"a": 1, "index": 3}, {"index": 4}, {"a": 2}, {"index": "5"}]
+    whole = write_journal(path, *rows)
+    expected = [(row.get("index"), end) for row, end in complete_rows(path)]
+    assert list(complete_indices(path)) == expected
+    assert [index for index, _ in expected] == [12, 3, 4, None, "5"]
+    path.write_bytes(whole[:-9])  # torn
+    assert list(complete_indices(path)) == expected[:-1]
+    path.write_bytes(whole.replace(b"12", b"13"))
+    with pytest.raises(InputError, match="line 1 is damaged: its checksum does not match"):
+        list(complete_indices(path))
 
 
 def test_a_line_torn_at_any_byte_is_left_out(tmp_path: Path) -> None:
