@@ -149,10 +149,12 @@ def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work:
     """
     python = make_tools(interpreter, work)
     name = f"{interpreter.version[0]}.{interpreter.version[1]}-{architecture}"
-    compilers = write_compilers(zig, architecture, work / f"compilers-{name}")
+    # one folder for all interpreters: what does not include Python.h, nearly all of the time, is compiled once
+    folder = work / f"compilers-{architecture}"
+    compilers = write_compilers(zig, architecture, folder)
     out = work / f"raw-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    toolchain = write_toolchain(architecture, compilers, work / f"compilers-{name}")
+    toolchain = write_toolchain(architecture, compilers, folder)
     settings: tuple[str | Path, ...] = (
         "-w",
         out,
@@ -168,6 +170,8 @@ def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work:
             source,
         ],
         CMAKE_GENERATOR="Ninja",
+        CMAKE_CXX_COMPILER_LAUNCHER=str(ROOT / "scripts/compile_once.py"),
+        GENSSD_OBJECTS=str(work / "objects"),
         CMAKE_BUILD_PARALLEL_LEVEL=os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0)))),
         PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         _PYTHON_HOST_PLATFORM=f"linux-{architecture}",
