@@ -14,8 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from genssd import Chunk
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.small_pair.problems import make_problems

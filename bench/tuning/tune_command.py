@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from genssd.distill.tune_config import TuneConfig
-from genssd.distill.tuning import run_tune
+from genssd.distill.tune.config import TuneConfig
+from genssd.distill.tune.run import run_tune
 from genssd.kernels import tune_file, tuned
 from genssd.kernels.candidates_triton import head_inputs
 from genssd.kernels.gpu_timing import captured_seconds

@@ -8,10 +8,10 @@ from statistics import median
 from genssd.distill.answers.judge import classify_reference, judge
 from genssd.distill.answers.numbers import parse_quantity
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions, list_examples, list_problems
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, list_lines
 from genssd.distill.doctor.inputs import Inputs, find_max_length, read_examples
-from genssd.distill.evaluating import read_answered_problems
+from genssd.distill.evaluate.run import read_answered_problems
+from genssd.distill.rounds.config import DistillConfig
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import GenssdError
 from genssd.engine.common.quoting import quote

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from genssd.distill.data.state_store import DTYPES
 from genssd.distill.data.topk_coding import BYTES_PER_ENTRY
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.files.rows import read_rows
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.runs.teacher_options import TeacherOptions
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoints.parameters import count_stored_parameters

@@ -10,7 +10,7 @@ from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.model_files import ModelFiles
 from genssd.distill.doctor.settings import Settings
-from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluate.config import EvaluateConfig
 from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import find_sampling
 from genssd.distill.runs.monitor_options import MonitorOptions

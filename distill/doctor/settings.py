@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from genssd.distill.distill_config import DistillConfig
-from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.teacher_options import list_teachers

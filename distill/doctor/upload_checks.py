@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.runs.hub_upload import ask_hub
 from genssd.distill.train.config import TrainConfig
 from genssd.engine.common.errors import InputError

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.weighted_rows import WEIGHTED_ROWS_FILE
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.reproduce.arms import Arm
 from genssd.distill.reproduce.config import Sizes
 from genssd.distill.reproduce.pools import Pool, open_pool_of, pick_rows
@@ -25,7 +24,8 @@ from genssd.distill.reproduce.sources import (
     Single,
 )
 from genssd.distill.reproduce.worlds import Pair, ProblemFiles, Task
-from genssd.distill.rounds import run_distill
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.run import run_distill
 from genssd.distill.runs.journal import read_number
 from genssd.distill.runs.progress import Progress
 from genssd.distill.score.leaf import run_leaf

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.console import report_training
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.reproduce.apart import ApartTask
 from genssd.distill.reproduce.arm_lists import choose_arms, list_arms

@@ -40,7 +40,7 @@ from genssd.distill.select.resuming import keep_complete
 from genssd.distill.select.search_files import SearchFiles
 from genssd.distill.select.summary import SearchEnd, SelectSummary, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
-from genssd.distill.select.work import ROLES, SearchedPrompt, SearchWork
+from genssd.distill.select.work import ROLES, SearchWork
 from genssd.engine.common.errors import InputError
 from genssd.engine.criteria.criterion_names import resolve
 from genssd.engine.engine import Engine

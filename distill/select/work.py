@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
 from torch import Tensor
 
 from genssd.distill.answers.thoughts import ThoughtReader

@@ -11,15 +11,15 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from genssd.distill.console import ProgressLine, report_training
-from genssd.distill.demo import run_demo
-from genssd.distill.demo_config import DemoConfig
+from genssd.distill.demo.config import DemoConfig
+from genssd.distill.demo.run import run_demo
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.verdict import write_verdict
-from genssd.distill.distill_config import DistillConfig
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
-from genssd.distill.rounds import BudgetReached, run_distill
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.run import BudgetReached, run_distill
 from genssd.distill.runs.field_kinds import expand_home
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.control_text import describe_teacher, format_controls, shorten
@@ -39,8 +39,8 @@ from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.distill.tune_config import TuneConfig
-from genssd.distill.tuning import run_tune
+from genssd.distill.tune.config import TuneConfig
+from genssd.distill.tune.run import run_tune
 from genssd.doctor_command import doctor, env, examine_first
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.outcomes import SPECIAL

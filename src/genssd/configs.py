@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from genssd.distill.demo_config import DemoConfig
+from genssd.distill.demo.config import DemoConfig
 from genssd.distill.diagnose.config import DiagnoseConfig
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.config import DoctorConfig, EnvConfig
-from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluate.config import EvaluateConfig
 from genssd.distill.report.config import ReportConfig
 from genssd.distill.reproduce.config import ReproduceConfig
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.prefix_config import PrefixConfig
@@ -17,7 +17,7 @@ from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.tune_config import TuneConfig
+from genssd.distill.tune.config import TuneConfig
 
 CONFIGS: dict[str, type] = {
     "demo": DemoConfig,

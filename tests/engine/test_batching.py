@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from genssd.distill.demo_parts import PAIR
+from genssd.distill.demo.parts import PAIR
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.checkpoints.parameters import count_weights
 from genssd.engine.decoding.batching import choose_max_num_seqs

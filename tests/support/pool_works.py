@@ -18,8 +18,8 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.traces import read_usable_traces
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import EvaluationWork
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import EvaluationWork
 from genssd.distill.pool.pool import Work
 from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.score.features import ScoreWork

@@ -14,13 +14,13 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
-from genssd.distill.distill_config import DistillConfig
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
 from genssd.distill.reproduce import run as reproduce_run
 from genssd.distill.reproduce import small as small_task
 from genssd.distill.reproduce.config import ReproduceConfig
-from genssd.distill.rounds import run_distill
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.run import run_distill
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.leaf import run_leaf
 from genssd.distill.score.leaf_config import LeafConfig

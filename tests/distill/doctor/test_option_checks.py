@@ -12,7 +12,6 @@ from support.doctor import EXAMPLES, PROBLEMS, copy_of, make_pair, one, open_for
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.data_checks import check_held_out, check_rows
 from genssd.distill.doctor.findings import join_pieces
 from genssd.distill.doctor.inputs import Inputs
@@ -22,8 +21,9 @@ from genssd.distill.doctor.run_checks import check_run
 from genssd.distill.doctor.text_checks import check_templates
 from genssd.distill.doctor.thinking_checks import check_thinking
 from genssd.distill.doctor.token_checks import check_ends
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig, TrainSettings

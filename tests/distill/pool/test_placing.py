@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.tiny_pair import TinyPair
 
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.pool.placing import Place, choose_gpus, divide_cpu
 from genssd.distill.pool.worker import EngineRecipe
-from genssd.distill.round_training import _count_places, _list_places
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.training import _count_places, _list_places
 from genssd.distill.runs.chat_settings import read_clock
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.select.generate import run_generate

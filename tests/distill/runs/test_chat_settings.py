@@ -16,8 +16,8 @@ from support.tiny_pair import TinyPair
 
 from genssd import Engine
 from genssd.configs import CONFIGS
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
 from genssd.distill.runs import chat_settings
 from genssd.distill.runs.chat_settings import ChatSettings, parse_date, parse_template_kwargs
 from genssd.distill.runs.effects import check_effects

@@ -9,7 +9,7 @@ import pytest
 from support.configs import another, changed, config_of
 
 from genssd.configs import CONFIGS
-from genssd.distill.distill_config import DistillConfig
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.runs.command_text import iter_flags, render_command
 from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.train.config import TrainConfig

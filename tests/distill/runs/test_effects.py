@@ -11,8 +11,8 @@ from support.configs import MODELS, another, changed, config_of
 
 from genssd.cli import main
 from genssd.configs import CONFIGS
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
 from genssd.distill.runs.effects import check_effects, list_fields
 from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.train.config import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 from support.configs import MODELS, another, changed, config_of
 
 from genssd.configs import CONFIGS
-from genssd.distill.demo_config import DemoConfig
+from genssd.distill.demo.config import DemoConfig
 from genssd.distill.runs.field_kinds import Kind, expand_home, fields_of
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.common.errors import InputError

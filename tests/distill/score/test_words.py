@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genssd.distill.demo_parts import PAIR
+from genssd.distill.demo.parts import PAIR
 from genssd.distill.score.words import group_words
 from genssd.engine.texts.text import Tokenizer
 

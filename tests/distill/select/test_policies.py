@@ -16,9 +16,9 @@ from support.tiny_pair import TinyPair
 from genssd import Engine
 from genssd.cli import main
 from genssd.distill.data.problems import read_usable_problems
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.pool.pool import OwnProcess
-from genssd.distill.rounds import BudgetReached, run_distill
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.run import BudgetReached, run_distill
 from genssd.distill.runs.progress import Stage, measure
 from genssd.distill.select.calibration import calibrate
 from genssd.distill.select.config import SelectConfig, SelectSettings

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genssd.distill.console import report_training
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.pool.placing import Place, check_numbers, choose_gpus, divide_cpu
+from genssd.distill.rounds.config import DistillConfig
 from genssd.distill.runs.journal import read_number, write_json
 from genssd.distill.runs.progress import Progress
 from genssd.distill.runs.writing import remove_directory

@@ -30,7 +30,7 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
-from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluate.config import EvaluateConfig
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.effects import check_effects

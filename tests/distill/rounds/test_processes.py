@@ -20,11 +20,11 @@ from support.small_runs import VARYING
 from support.tiny_pair import TinyPair
 from support.training_runs import metrics, weights
 
-from genssd.distill import round_training
-from genssd.distill.distill_config import DistillConfig
 from genssd.distill.pool import starting
 from genssd.distill.pool.placing import Place
-from genssd.distill.rounds import run_distill
+from genssd.distill.rounds import training as round_training
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.run import run_distill
 from genssd.distill.runs.progress import Progress
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings

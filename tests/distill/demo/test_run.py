@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from genssd.distill import demo_processes
-from genssd.distill.demo import run_demo
-from genssd.distill.demo_config import DemoConfig
-from genssd.distill.demo_processes import divide_threads, run_parts
+from genssd.distill.demo import processes as demo_processes
+from genssd.distill.demo.config import DemoConfig
+from genssd.distill.demo.processes import divide_threads, run_parts
+from genssd.distill.demo.run import run_demo
 from genssd.engine.common.errors import InputError, WorkerError
 
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
 from genssd.distill.data.problems import ProblemRow, describe_problems
-from genssd.distill.distill_config import DistillConfig
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import read_answered_problems, run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import read_answered_problems, run_evaluate
 from genssd.distill.files.rows import read_rows
-from genssd.distill.round_data import RoundProblems, keep_trajectories
-from genssd.distill.round_training import check_places, train_round
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.data import RoundProblems, keep_trajectories
+from genssd.distill.rounds.training import check_places, train_round
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.hub_upload import prepare_repository, upload_model

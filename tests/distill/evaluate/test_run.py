@@ -18,8 +18,8 @@ from support.toys import VOCAB, save_markov, token_of
 
 from genssd import Sampling
 from genssd.cli import main
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import run_evaluate
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import run_evaluate
 from genssd.distill.runs.progress import Progress
 from genssd.engine.common.errors import CapacityError, InputError
 

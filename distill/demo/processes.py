@@ -21,9 +21,9 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from genssd.distill.console import ProgressLine, describe
-from genssd.distill.demo_config import DemoConfig
-from genssd.distill.demo_parts import COLD_START, Arm, load_pair, run_part
-from genssd.distill.evaluating import Evaluation
+from genssd.distill.demo.config import DemoConfig
+from genssd.distill.demo.parts import COLD_START, Arm, load_pair, run_part
+from genssd.distill.evaluate.run import Evaluation
 from genssd.distill.pool.messages import Failed, Log, Refused, receive, send
 from genssd.distill.pool.starting import describe_end, describe_error, start_process
 from genssd.distill.pool.worker import forward_log

@@ -1,6 +1,6 @@
 """The parts of `genssd demo`: the student before any training, and each arm, which makes data, trains and evaluates.
 
-No part needs another one's results, so that two processes can run them at the same time (demo_processes.py).
+No part needs another one's results, so that two processes can run them at the same time (processes.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genssd.distill.console import report_training
-from genssd.distill.demo_config import DemoConfig
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import Evaluation, run_evaluate
+from genssd.distill.demo.config import DemoConfig
+from genssd.distill.evaluate.config import EvaluateConfig
+from genssd.distill.evaluate.run import Evaluation, run_evaluate
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import complete_rows
@@ -29,7 +29,7 @@ from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.models.sampling import Sampling
 
-PAIR = Path(__file__).with_name("small_pair")
+PAIR = Path(__file__).parents[1] / "small_pair"
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
 MAX_TOKENS = 192
 SOLUTION = Chunk(tokens=MAX_TOKENS, until=None)

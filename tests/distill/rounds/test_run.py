@@ -15,11 +15,12 @@ import torch
 from support.tiny_pair import TinyPair
 from support.training_runs import weights
 
-from genssd.distill import round_training, rounds
 from genssd.distill.answers.forms import CORRECT, WRONG, Verdict, undecidable
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.distill_config import DistillConfig
-from genssd.distill.rounds import RoundSummary, run_distill
+from genssd.distill.rounds import run as rounds
+from genssd.distill.rounds import training as round_training
+from genssd.distill.rounds.config import DistillConfig
+from genssd.distill.rounds.run import RoundSummary, run_distill
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
 from genssd.engine.checkpoints.checkpoint import fingerprint

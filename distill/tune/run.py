@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from genssd.distill.tune_config import TuneConfig
+from genssd.distill.tune.config import TuneConfig
 from genssd.engine.checkpoints.checkpoint import locate
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.common.errors import InputError

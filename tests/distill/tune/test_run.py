@@ -11,9 +11,9 @@ import torch
 from support.tiny_pair import TinyPair
 
 from genssd.cli import main
-from genssd.distill import tuning
-from genssd.distill.tune_config import TuneConfig
-from genssd.distill.tuning import run_tune
+from genssd.distill.tune import run as tuning
+from genssd.distill.tune.config import TuneConfig
+from genssd.distill.tune.run import run_tune
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError

@@ -20,10 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from genssd.distill.answers.intervals import paired_difference
-from genssd.distill.demo_config import DemoConfig
-from genssd.distill.demo_parts import CHUNK_OF_ARM, COLD_START, MAX_TOKENS, STEP, Arm, list_parts, load_pair
-from genssd.distill.demo_processes import divide_threads, run_parts
-from genssd.distill.evaluating import Evaluation
+from genssd.distill.demo.config import DemoConfig
+from genssd.distill.demo.parts import CHUNK_OF_ARM, COLD_START, MAX_TOKENS, STEP, Arm, list_parts, load_pair
+from genssd.distill.demo.processes import divide_threads, run_parts
+from genssd.distill.evaluate.run import Evaluation
 from genssd.distill.runs.journal import read_json, write_json, write_jsonl
 from genssd.distill.runs.writing import remove_directory
 from genssd.distill.small_pair.problems import STYLES, Problem, make_problems
