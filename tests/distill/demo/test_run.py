@@ -21,6 +21,7 @@ from genssd.engine.common.errors import InputError, WorkerError
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_the_whole_job(tmp_path: Path) -> None:
     screen, progress = io.StringIO(), io.StringIO()
     config = DemoConfig(

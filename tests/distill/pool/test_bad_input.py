@@ -6,27 +6,20 @@ import dataclasses
 import multiprocessing
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tiny_pair import TinyPair
 
-from genssd.distill.pool import starting
 from genssd.distill.runs import pools
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.engine.common.errors import CheckpointError, InputError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def forked_workers() -> Iterator[None]:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.distill.pool.worker"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(starting, "START_METHOD", "forkserver")
-        yield
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 @pytest.fixture

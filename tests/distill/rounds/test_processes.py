@@ -20,7 +20,6 @@ from support.small_runs import VARYING
 from support.tiny_pair import TinyPair
 from support.training_runs import metrics, weights
 
-from genssd.distill.pool import starting
 from genssd.distill.pool.placing import Place
 from genssd.distill.rounds import training as round_training
 from genssd.distill.rounds.config import DistillConfig
@@ -35,12 +34,12 @@ Write = Callable[..., Path]
 ROWS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(9)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forked_processes() -> Iterator[None]:
-    modules = ["genssd.distill.pool.worker", "genssd.distill.train.process_body", __name__]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(starting, "START_METHOD", "forkserver")
         patch.setenv("OMP_NUM_THREADS", "2")
         yield
 

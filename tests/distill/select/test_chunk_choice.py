@@ -120,6 +120,7 @@ def test_rows_are_those_of_the_same_number_given(tiny_pair: TinyPair, tmp_path: 
     assert read(chosen) == read(given)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_several_processes_choose_the_same(tiny_pair: TinyPair, tmp_path: Path) -> None:
     alone = make_config(tiny_pair, tmp_path, memory_bytes=1 << 24)
     run_select(alone)

@@ -77,6 +77,7 @@ def test_the_progress_line_has_the_counts(tiny_pair: TinyPair) -> None:
     assert f"tokens/s written, {measured.scored / 2:.0f} scored" in line
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("processes", [None, 2])
 def test_metrics_of_select(tiny_pair: TinyPair, tmp_path: Path, processes: int | None) -> None:
     config = make_config(tiny_pair, tmp_path, processes=processes, memory_bytes=1 << 24)
@@ -137,6 +138,7 @@ def test_metrics_of_generate_and_their_monitor(
     assert "pruned" not in values
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("processes", [None, 2])
 def test_peek_shows_the_rounds_of_the_first_prompt(
     tiny_pair: TinyPair, tmp_path: Path, caplog: pytest.LogCaptureFixture, processes: int | None

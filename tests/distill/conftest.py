@@ -1,4 +1,4 @@
-"""Workers that are forked from a process that has imported everything, which takes no time."""
+"""Processes that are forked from one that has imported everything, which takes no time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ PRELOADED = (
     "genssd.distill.pool.worker",
     "genssd.distill.score.leaf",
     "genssd.distill.diagnose.run",
+    "genssd.distill.train.process_body",
     "transformers.models.llama.modeling_llama",
     "support.pool_works",
 )
