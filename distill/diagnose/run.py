@@ -51,6 +51,7 @@ from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
@@ -89,7 +90,7 @@ def run_diagnose(
     config = choose_sampling(config, config.student, "student")
     data = read_question_data(config)
     with (
-        Run.open(config, "diagnose", journal="questions.jsonl") as run,
+        Run.open(config, "diagnose", journal=JOURNALS["diagnose"]) as run,
         ModelPools(make_opener(config, run, load, report)) as models,
     ):
         measurement = _Measurement(config, models, report, verify)

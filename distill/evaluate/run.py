@@ -36,6 +36,7 @@ from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -89,7 +90,7 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
         config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard, offset=config.offset
     )
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
-    with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
+    with Run.open(config, "evaluate", journal=JOURNALS["evaluate"], fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         left = len(data.problems) - len(done)

@@ -45,6 +45,7 @@ from genssd.distill.reproduce.table import render_table, replace_table
 from genssd.distill.reproduce.words import WordsTask
 from genssd.distill.reproduce.worlds import Task
 from genssd.distill.runs.journal import damaged_line, write_json
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import remove_directory, write_bytes, write_text
@@ -73,7 +74,7 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
     finished is in the journal.
     """
     arms = choose_arms(config.task, config.arms, controls=config.controls)
-    with Run.open(config, "reproduce", journal="results.jsonl", parts="seed-*") as run:
+    with Run.open(config, "reproduce", journal=JOURNALS["reproduce"], parts="seed-*") as run:
         finished = list(run.done())
         run.record()
         _check_journal(finished, run.journal_path, config)

@@ -32,6 +32,7 @@ from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.hub_upload import prepare_repository, upload_model
 from genssd.distill.runs.journal import damaged_line, read_number, read_texts
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -109,7 +110,7 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
     free = () if training_begun else ("train",)
     fingerprints = find_fingerprints(config.select, config.teacher, None)
     with Run.open(
-        config, "distill", journal="rounds.jsonl", fingerprints=fingerprints, parts="round-*", free=free
+        config, "distill", journal=JOURNALS["distill"], fingerprints=fingerprints, parts="round-*", free=free
     ) as run:
         config = dataclasses.replace(config, template_date=run.template_date)
         config = _fix_threads(config, run)

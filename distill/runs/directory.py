@@ -15,6 +15,8 @@ from genssd.engine.common.errors import InputError
 
 LOCK = ".lock"
 RECORD = "run.json"
+ANEW = "pass --resume to go on, --overwrite to begin anew, or choose another output_dir"
+"""What can be done about an output directory that holds finished work of the same command."""
 NEVER_WRITTEN = (".log", ".out", ".err", ".yaml", ".yml")
 """Endings of names that no command writes: such files of the user may be in an output directory before the run."""
 
@@ -37,7 +39,7 @@ def claim_directory(output_dir: Path, command: str) -> Iterator[None]:
         raise InputError(f"output_dir {output_dir} cannot be written: {reason}") from None
     try:
         if lock is None:
-            raise InputError(f"another run is at work in {output_dir}; wait for it, or choose another output_dir")
+            raise _make_busy_error(output_dir)
         _check_owner(output_dir, command)
         yield
     finally:
@@ -47,6 +49,28 @@ def claim_directory(output_dir: Path, command: str) -> Iterator[None]:
                     os.unlink(output_dir / LOCK)
                 _remove_empty(made)
             os.close(lock)
+
+
+def check_claimable(output_dir: Path, command: str) -> None:
+    """Raise InputError as `claim_directory` would of a directory that is there, and change nothing."""
+    with suppress(FileNotFoundError), (output_dir / LOCK).open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _make_busy_error(output_dir) from None
+    _check_owner(output_dir, command)
+
+
+def require_resume(config: object, held: Path) -> None:
+    """Raise InputError where a config does not ask to go on with the finished work that a file or directory holds."""
+    resume = getattr(config, "resume", None)  # None: the command cannot resume
+    if not resume:
+        remedy = "choose another output_dir" if resume is None else ANEW
+        raise InputError(f"{held} holds finished work already; {remedy}")
+
+
+def _make_busy_error(output_dir: Path) -> InputError:
+    return InputError(f"another run is at work in {output_dir}; wait for it, or choose another output_dir")
 
 
 def _open_lock(path: Path) -> int | None:

@@ -10,6 +10,18 @@ from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.runs.writing import remove_directory, remove_file
 from genssd.engine.common.errors import InputError
 
+JOURNALS: Mapping[str, str] = {
+    "select": "selections.jsonl",
+    "generate": "responses.jsonl",
+    "score": "features.jsonl",
+    "prefix": "prefixes.jsonl",
+    "leaf": "journal.jsonl",
+    "diagnose": "questions.jsonl",
+    "evaluate": "evaluation.jsonl",
+    "distill": "rounds.jsonl",
+    "reproduce": "results.jsonl",
+}
+"""The file of every command that resumes by a line for each finished piece of work."""
 RECORD = {"run.json": "the settings, models and versions; --config reads it"}
 BAD_ROWS = {"bad_rows.txt": "what could not be used, by file and line"}
 SUMMARY = {"summary.json": "the counts that are printed, and more"}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
-from genssd.distill.runs.directory import RECORD, claim_directory
+from genssd.distill.runs.directory import RECORD, claim_directory, require_resume
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
 from genssd.distill.runs.output_files import check_outputs_unread, remove_outputs
@@ -41,8 +41,6 @@ from genssd.engine.host.threads import ThreadChoice
 from genssd.engine.setup.model_facts import ModelFacts
 from genssd.engine.texts.chat_options import ChatOptions
 
-ANEW = "pass --resume to go on, --overwrite to begin anew, or choose another output_dir"
-"""What can be done about an output directory that holds finished work of the same command."""
 Fingerprints = Mapping[str, str] | Mapping[Role, str]
 """Fingerprints of models that are loaded already, by the name of the config's field."""
 M = TypeVar("M", bound=ModelFacts)
@@ -139,7 +137,7 @@ class Run:
         has_rows = self._journal_path is not None and has_lines(self._journal_path)
         self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
         if self.resumed:
-            self._require_resume(self.journal_path if has_rows else self.output_dir)
+            require_resume(self._config, self.journal_path if has_rows else self.output_dir)
         if has_rows:
             self._row_ends()  # a damaged line is refused before anything is loaded
         self._record = {
@@ -303,12 +301,6 @@ class Run:
         """Write summary.json."""
         self.record()
         write_json(self.path("summary.json"), values)
-
-    def _require_resume(self, held: Path) -> None:
-        resume = getattr(self._config, "resume", None)  # None: the command cannot resume
-        if not resume:
-            remedy = "choose another output_dir" if resume is None else ANEW
-            raise InputError(f"{held} holds finished work already; {remedy}")
 
     def _check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any], free: Collection[str]) -> None:
         def fixed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from genssd.distill.pool.pool import Lost, Stopped
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import RemoteModels
 from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pools import choose_places
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -71,7 +72,7 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
     Raises GenssdError on bad input; traces that were finished before are in the journal.
     """
     choose_places(config, config.device, choose_engine_threads(config.threads).count, None)  # refused early
-    with Run.open(config, "leaf", journal="journal.jsonl") as run:
+    with Run.open(config, "leaf", journal=JOURNALS["leaf"]) as run:
         tokenizer = Tokenizer(locate(config.student)).with_chat(run.chat_options)
         report.begin("reading the traces")
         traces, bad_rows = _read_traces(config, tokenizer)

@@ -34,6 +34,7 @@ from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -84,7 +85,7 @@ def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progr
     config = choose_sampling(config, config.student, "student", engine)
     fingerprints = None if engine is None else engine.fingerprints
     with (
-        Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run,
+        Run.open(config, "prefix", journal=JOURNALS["prefix"], fingerprints=fingerprints) as run,
         open_pool(config, engine, run.chat_options, student=config.student, report=report) as pool,
     ):
         models = run.use(pool.models)

@@ -29,6 +29,7 @@ from genssd.distill.data.traces import (
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import write_json, write_jsonl
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -86,7 +87,7 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
     """
     _check_judge(config)
     fingerprints = None if engine is None else engine.fingerprints
-    with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
+    with Run.open(config, "score", journal=JOURNALS["score"], fingerprints=fingerprints) as run:
         with open_pool(
             config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report
         ) as pool:

@@ -34,6 +34,7 @@ from genssd.distill.runs.engine_metrics import EngineMetrics
 from genssd.distill.runs.journal import begin_line, complete_line, damaged_line
 from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -71,7 +72,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
         config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard, offset=config.offset
     )
     fingerprints = find_fingerprints(config, config.teacher, engine)
-    with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
+    with Run.open(config, "generate", journal=JOURNALS["generate"], fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         check_states_file(run, run.done())

@@ -27,6 +27,7 @@ from genssd.distill.runs.engine_metrics import EngineMetrics
 from genssd.distill.runs.journal import write_json
 from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
@@ -62,7 +63,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
     fingerprints = find_fingerprints(config, config.teacher, engine)
-    with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints, chosen=(SETTING,)) as run:
+    with Run.open(config, "select", journal=JOURNALS["select"], fingerprints=fingerprints, chosen=(SETTING,)) as run:
         done = keep_complete(run, data.problems, config.data)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         left = len(data.problems) - len(done)

@@ -175,14 +175,20 @@ class LoadedEngine:
         served = [one.served for one in self._resources.list_teachers() if one.served is not None]
         return served[0].record if served else None
 
-    @cached_property
+    @property
     def teachers(self) -> tuple[Self, ...]:
         """An engine over each of the teachers and the student; they share caches and counts with this one.
 
         The methods of an engine with several teachers, other than the search, use the first one.
         """
+        # not kept where it is this engine: a reference to itself would keep its caches until the collector runs
+        return self._team or (self,)
+
+    @cached_property
+    def _team(self) -> tuple[Self, ...]:
+        """An engine over each of several teachers and the student; empty for one teacher."""
         each = self._resources.list_teachers()
-        return (self,) if len(each) == 1 else tuple(type(self)(replace(one, others=())) for one in each)
+        return tuple(type(self)(replace(one, others=())) for one in each) if len(each) > 1 else ()
 
     @cached_property
     def launches(self) -> LaunchRecord | None:

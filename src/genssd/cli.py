@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from genssd.early_checks import check_examined, check_names, check_runs
+from genssd.early_checks import check_examined, check_names, check_output, check_runs
 from genssd.engine.common.closest import suggest_or_list
 from genssd.engine.common.errors import GenssdError, InputError
 from genssd.refused_memory import describe_refused_memory, means_refused_memory
@@ -138,6 +138,8 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
     config = import_module("genssd.flags").read_config(command, flags, config_class)
     import_module("genssd.distill.runs.effects").check_effects(config)
     check_runs(config)
+    if is_main_process():  # of several processes of a training it alone claims the directory
+        check_output(command, config)
     commands = import_module("genssd.commands")  # from here on torch is there
     console = import_module("rich.console").Console(stderr=True)
     signals.begin_work(getattr(config, "output_dir", None))

@@ -1,8 +1,7 @@
 """Names of files and models in typed flags, checked before the commands are imported, which takes seconds.
 
-What is refused here the command refuses with the same words; most values of a config file, and directories that are in
-use or hold finished work, are left to it: that depends on the run. Of the config file that the doctor examines, the
-names are checked as well.
+What is refused here the command refuses with the same words. Most values of a config file are left to it. Of the config
+file that the doctor examines, the names are checked as well.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ from pathlib import Path
 
 from genssd.distill.files.cluster_files import is_for_cluster
 from genssd.distill.files.rows import check_exists
-from genssd.distill.runs.journal import read_json
+from genssd.distill.runs.directory import check_claimable, require_resume
+from genssd.distill.runs.journal import has_lines, read_json
+from genssd.distill.runs.output_files import JOURNALS
 from genssd.distill.runs.record import check_directory
 from genssd.engine.checkpoints.address import is_url, parse_url
 from genssd.engine.checkpoints.model_names import find_directory
@@ -66,6 +67,21 @@ def check_runs(config: object) -> None:
     named: str | Sequence[str] | None = getattr(config, "run", None)
     for name in [named] if isinstance(named, str) else named or ():
         check_directory(Path(os.path.expanduser(name)))
+
+
+def check_output(command: str, config: object) -> None:
+    """Raise InputError where the output directory is in use, belongs to another command, or holds finished work that
+    the config does not ask to go on with.
+    """
+    if command not in JOURNALS and command != "train":
+        return
+    directory = Path(getattr(config, "output_dir", ""))
+    if not directory.is_dir():
+        return
+    check_claimable(directory, command)
+    journal = directory / JOURNALS.get(command, "")
+    if command in JOURNALS and not getattr(config, "overwrite", False) and has_lines(journal):
+        require_resume(config, journal)
 
 
 def check_examined(flags: Sequence[str]) -> None:

@@ -224,9 +224,9 @@ def test_a_command_says_what_the_doctor_finds_and_goes_on(
 
 
 def test_what_a_command_refuses_it_refuses_by_itself(
-    tiny_pair: TinyPair, write_rows: Write, capsys: pytest.CaptureFixture[str]
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--teacher", tiny_pair.teacher, "--student", tiny_pair.student]
+    words = ["--teacher", tiny_pair.teacher, "--student", tiny_pair.student, "--output-dir", tmp_path / "out"]
     assert run("select", *words, "--data", write_rows([{"answer": "1"}])) == 2
     err = capsys.readouterr().err
     assert "doctor" not in err

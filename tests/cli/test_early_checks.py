@@ -1,8 +1,10 @@
-"""Names that are not there are refused before torch is imported, with the words of the commands."""
+"""Names that are not there, and directories that are taken, are refused before torch is imported, in the same words.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import typing
@@ -13,8 +15,10 @@ import pytest
 
 from genssd.configs import CONFIGS
 from genssd.distill.files.rows import read_rows
+from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.field_kinds import Kind, Marker
-from genssd.early_checks import DATA_FILES, MODELS, TOKENIZERS, UNCHECKED, check_names
+from genssd.distill.runs.output_files import JOURNALS, OUTPUTS
+from genssd.early_checks import DATA_FILES, MODELS, TOKENIZERS, UNCHECKED, check_names, check_output
 from genssd.engine.checkpoints.checkpoint import locate
 from genssd.engine.common.errors import CheckpointError, InputError
 from genssd.flags import read_config
@@ -102,6 +106,59 @@ def test_nothing_large_is_imported_before(tmp_path: Path) -> None:
         [sys.executable, "-c", IMPORTED, *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stderr.splitlines() == ["genssd: nowhere.jsonl cannot be read: No such file or directory", "light"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a config says of its output directory."""
+
+    output_dir: str
+    resume: bool = False
+    overwrite: bool = False
+
+
+@pytest.mark.parametrize("command", JOURNALS)
+def test_finished_work_is_refused_unless_it_is_gone_on_with_or_removed(command: str, tmp_path: Path) -> None:
+    place = Place(str(tmp_path))
+    check_output(command, place)
+    (tmp_path / "run.json").write_text(json.dumps({"command": command}))
+    journal = tmp_path / JOURNALS[command]
+    journal.write_text('{"index": 0')  # torn: nothing is finished
+    check_output(command, place)
+    journal.write_text("{}\n")
+    with pytest.raises(InputError, match=rf"^{journal} holds finished work already; pass --resume to go on, --over"):
+        check_output(command, place)
+    check_output(command, dataclasses.replace(place, resume=True))
+    check_output(command, dataclasses.replace(place, overwrite=True))
+    for other in {"train", "select", "score"} - {command}:
+        with pytest.raises(InputError, match=f"^{tmp_path} belongs to a run of `genssd {command}`; choose another"):
+            check_output(other, dataclasses.replace(place, resume=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run.json", journal.name])
+
+
+def test_a_directory_in_use_is_refused_and_its_holder_not_disturbed(tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "out"), resume=True)
+    with claim_directory(tmp_path / "out", "select"):
+        with pytest.raises(InputError, match=r"another run is at work in .*out; wait for it, or choose another"):
+            check_output("select", place)
+        with pytest.raises(InputError, match="another run is at work in"), claim_directory(tmp_path / "out", "select"):
+            pass
+    check_output("select", place)
+
+
+def test_every_journal_is_that_of_its_command() -> None:
+    for command, journal in JOURNALS.items():
+        assert journal in OUTPUTS[command], command
+
+
+def test_finished_work_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, text in {"run.json": '{"command": "generate"}', "responses.jsonl": "{}\n", "d.jsonl": "{}\n"}.items():
+        (tmp_path / name).write_text(text)
+    words = ["generate", "--teacher", ".", "--data", "d.jsonl", "--output-dir", "."]
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *words], cwd=tmp_path, capture_output=True, text=True)
+    message, imported = done.stderr.splitlines()
+    assert message.startswith("genssd: responses.jsonl holds finished work already; pass --resume to go on")
+    assert imported == "light"
 
 
 @pytest.mark.parametrize("flags", [["--ray"], ["--ray", "auto"], ["--select.ray"], ["--config", "c.yaml"]])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 INTERPRETED = Path(__file__).with_name("triton")
-PROCESSES = 3
+PROCESSES = 2
 """Number of processes among which the tests are divided: each one begins with seconds of imports."""
 
 
