@@ -21,6 +21,10 @@ PLACES = ("-I", "-isystem", "-include", "-MF", "-MT", "-MQ", "-o", "-c")
 """Options whose value, in the next argument, is a file or a folder: what matters of it is in the preprocessed text."""
 
 
+SCRIPT = 1 << 16
+"""Maximum size in bytes of a compiler that is taken for a script."""
+
+
 def main() -> int:
     """Run the command of the arguments; return its exit code."""
     command, objects = sys.argv[1:], os.environ.get("GENSSD_OBJECTS")
@@ -51,6 +55,9 @@ def name_compilation(command: list[str], text: bytes) -> str:
         if before not in PLACES and not option.startswith(("-I", "-isystem"))
     ]
     version = subprocess.run([command[0], "--version"], stdout=subprocess.PIPE).stdout
+    compiler = Path(shutil.which(command[0]) or command[0])
+    if compiler.stat().st_size <= SCRIPT:
+        version += compiler.read_bytes()  # a script may give options of its own
     return hashlib.sha256(b"\0".join([version, *map(os.fsencode, options), text])).hexdigest()
 
 

@@ -56,6 +56,8 @@ def test_another_folder_gets_the_object_and_whatever_matters_another_one(tmp_pat
         assert compiled, (options, files)
         assert options == ("-O2",) or changed != first
     assert compile_in(tmp_path / "d", compiler) == (first, False)
+    compiler.write_text(compiler.read_text().replace('"$@"\n', '-DMORE "$@"\n'))  # a script's own options, too
+    assert compile_in(tmp_path / "e", compiler)[1]
 
 
 def test_an_error_of_the_compiler_is_an_error_and_leaves_nothing(tmp_path: Path, compiler: Path) -> None:

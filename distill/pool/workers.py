@@ -147,6 +147,7 @@ class WorkerPool(ABC, Generic[W, M]):
             meter.tokens = self.models.usage.sampled_tokens - sampled_before
             reached = meter.find_reached(more_tokens=1)
             if reached is not None and not self._hand_out.is_over:
+                self._listen(0.0)  # what is finished and was not heard counts
                 self._results.extend((item, Stopped(by=reached)) for item in self._hand_out.drain())
                 self._end_all()
             if self._results:

@@ -140,11 +140,11 @@ class _Search:
         ):
             for place, outcome in self._pool.run(self._work, budget):
                 problem = self._problems[place]
-                verdicts: list[bool | None] = []
                 if isinstance(outcome, Stopped):
                     end.stopped_by = outcome.by
                     end.unfinished += 1
                     continue
+                verdicts: list[bool | None] = []
                 if isinstance(outcome, Lost):
                     end.failures[problem.index] = f"{problem.where}: {outcome.reason}"
                 elif outcome.error is not None:

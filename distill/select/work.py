@@ -37,9 +37,10 @@ class SearchedPrompt:
 
     tokens_sampled: int
     begun: bytes = b""
-    """Line of selections.jsonl without `teacher_topk` and `teacher_states`, to be completed (`complete_line`)."""
+    """Line of selections.jsonl without `teacher_topk` and `teacher_states`, to be completed (`complete_line`); empty
+    where the prompt failed."""
     decisions: bytes = b""
-    """Line of decisions.jsonl, with its checksum."""
+    """Line of decisions.jsonl, with its checksum; empty where the prompt failed."""
     correct: bool | None = None
     """Verdict on the best trajectory."""
     topk: TopK | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -70,18 +71,21 @@ def check_runs(config: object) -> None:
 
 
 def check_output(command: str, config: object) -> None:
-    """Raise InputError where the output directory is in use, belongs to another command, or holds finished work that
-    the config does not ask to go on with.
+    """Raise InputError where the output directory of a training, or of a command with a journal, is in use, belongs to
+    another command, or has a journal that the config does not ask to go on with.
+
+    A directory that cannot be examined passes: the command says of it what is wrong.
     """
     if command not in JOURNALS and command != "train":
         return
-    directory = Path(getattr(config, "output_dir", ""))
-    if not directory.is_dir():
-        return
-    check_claimable(directory, command)
-    journal = directory / JOURNALS.get(command, "")
-    if command in JOURNALS and not getattr(config, "overwrite", False) and has_lines(journal):
-        require_resume(config, journal)
+    directory = Path(os.path.expanduser(getattr(config, "output_dir", "")))
+    with suppress(OSError):
+        if not directory.is_dir():
+            return
+        check_claimable(directory, command)
+        journal = directory / JOURNALS.get(command, "")
+        if command in JOURNALS and not getattr(config, "overwrite", False) and has_lines(journal):
+            require_resume(config, journal)
 
 
 def check_examined(flags: Sequence[str]) -> None:

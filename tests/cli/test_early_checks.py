@@ -1,5 +1,4 @@
-"""Names that are not there, and directories that are taken, are refused before torch is imported, in the same words.
-"""
+"""Names that are not there, and directories that are taken, are refused before torch is imported, in the same words."""
 
 from __future__ import annotations
 
@@ -144,6 +143,21 @@ def test_a_directory_in_use_is_refused_and_its_holder_not_disturbed(tmp_path: Pa
         with pytest.raises(InputError, match="another run is at work in"), claim_directory(tmp_path / "out", "select"):
             pass
     check_output("select", place)
+
+
+def test_a_directory_that_cannot_be_examined_is_left_to_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".lock").mkdir()
+    check_output("select", Place(str(tmp_path)))
+    check_output("select", Place(str(tmp_path / ("x" * 300))))
+    (tmp_path / "file").touch()
+    check_output("select", Place(str(tmp_path / "file")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"command": "score"}')
+    with pytest.raises(InputError, match="run belongs to a run of `genssd score`"):
+        check_output("train", Place("~/run"))
 
 
 def test_every_journal_is_that_of_its_command() -> None:
