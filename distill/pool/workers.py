@@ -147,7 +147,7 @@ class WorkerPool(ABC, Generic[W, M]):
             meter.tokens = self.models.usage.sampled_tokens - sampled_before
             reached = meter.find_reached(more_tokens=1)
             if reached is not None and not self._hand_out.is_over:
-                self._listen(0.0)  # what is finished and was not heard counts
+                self._hear(0.0)  # what is finished and was not heard counts
                 self._results.extend((item, Stopped(by=reached)) for item in self._hand_out.drain())
                 self._end_all()
             if self._results:
@@ -162,10 +162,14 @@ class WorkerPool(ABC, Generic[W, M]):
         return Begin(work)
 
     def _listen(self, timeout: float | None = None) -> None:
+        """Take every message that is there, after waiting for the first one, and hand out items."""
+        self._hear(timeout)
+        self._feed()
+
+    def _hear(self, timeout: float | None) -> None:
         """Take every message that is there, after waiting for the first one."""
         for worker, message in self._receive(timeout):
             self._take(worker, message)
-        self._feed()
 
     def _take(self, worker: W, message: object) -> None:
         """Take one message of a worker."""
