@@ -19,8 +19,6 @@ from pathlib import Path
 
 PLACES = ("-I", "-isystem", "-include", "-MF", "-MT", "-MQ", "-o", "-c")
 """Options whose value, in the next argument, is a file or a folder: what matters of it is in the preprocessed text."""
-
-
 SCRIPT = 1 << 16
 """Maximum size in bytes of a compiler that is taken for a script."""
 

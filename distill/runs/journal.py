@@ -14,7 +14,6 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
@@ -67,9 +66,9 @@ def begin_line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))[:-1].encode()
 
 
-def complete_line(begun: bytes, fields: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+def complete_line(begun: bytes, fields: Mapping[str, Any] | None = None) -> bytes:
     """Return a line of a journal, with its checksum. begun: its first fields. fields: those after them."""
-    body = _join(begun, begin_line(dict(fields)))
+    body = _join(begun, begin_line(fields or {}))
     return _join(body, b'{"%s": "%08x"' % (CHECKSUM.encode(), crc32(body))) + b"}\n"
 
 
