@@ -272,7 +272,7 @@ def read_rows(output_dir: Path) -> dict[str, dict[int, Any]]:
 
 
 def _cut(topk: bytes, place: dict[str, Any]) -> str:
-    return topk[place["offset"] : place["offset"] + place["tokens"] * place["k"] * 8].hex()
+    return topk[place["offset"] : place["offset"] + place["bytes"]].hex()
 
 
 def without_times(value: Any) -> Any:
